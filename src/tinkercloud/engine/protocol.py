@@ -1,0 +1,56 @@
+"""The two ways into an engine. Every engine folder beside this file implements one or both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from tinkercloud.engine.types import (
+    BaseModelInfo,
+    CancelSample,
+    CloseSampler,
+    OpenSampler,
+    Result,
+    Sample,
+    TrainOperation,
+)
+
+
+class Trainer(Protocol):
+    """Trains many adapters over one frozen base model. Called from one thread."""
+
+    info: BaseModelInfo
+
+    def run(self, cycle: Sequence[TrainOperation], between: Callable[[], None]) -> list[Result]:
+        """Run one cycle: operations of *different* models, in any mixture, to completion.
+
+        All forward_backward operations of the cycle share packed batches. One operation's failure is its own: it comes
+        back as a `Failure` in its place and leaves the other operations, and its own model, untouched.
+        `between` is called after each micro-batch, so that whoever shares the device gets a turn.
+        """
+        ...
+
+
+class Sampler(Protocol):
+    """Draws continuations with continuous batching. Called from one thread."""
+
+    info: BaseModelInfo
+
+    def open(self, operation: OpenSampler) -> Result: ...
+
+    def close(self, operation: CloseSampler) -> Result: ...
+
+    def submit(self, operation: Sample) -> None:
+        """Accept a request; its result comes from a later `step`."""
+        ...
+
+    def cancel(self, operation: CancelSample) -> Result: ...
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is waiting or running."""
+        ...
+
+    def step(self) -> list[tuple[str, Result]]:
+        """Admit what fits, advance every running sequence by one token, return (request_id, result) of what ended."""
+        ...

@@ -1,0 +1,319 @@
+"""What an engine is asked and what it answers: plain data, without torch, HTTP or SQL.
+
+These structs are the seam of the whole server. `api` builds them from a client's request, `ledger` stores their bytes,
+`scheduler` looks at their sizes, an engine process runs them. Arrays are numpy; nothing here knows how a wire form or
+a tensor looks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from msgspec import Struct
+
+
+class OperationError(Exception):
+    """An operation failed for a reason that its user can mend: the text says what was wrong and what would be right.
+
+    An engine answers it as a `Failure` of category "user"; weights, moments and gradients are as they were before.
+    """
+
+
+# ---------------------------------------------------------------- the parts of operations
+
+
+class LoraConfig(Struct, frozen=True):
+    """A LoRA adapter: W + (alpha / rank) * B @ A on the selected linear layers (SDK `types.LoraConfig`)."""
+
+    rank: int
+    alpha: float = 32.0
+    seed: int = 0
+    """Seeds A (Kaiming uniform); B is zero. The same seed, rank and parts give the same bits."""
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = True
+
+
+class Datum(Struct, frozen=True):
+    """One training sequence.
+
+    Position i of `tokens` predicts `inputs["target_tokens"][i]`. Where there are fewer targets than tokens, they belong
+    to the *last* positions: target j of M sits at position N - M + j.
+    """
+
+    tokens: np.ndarray
+    """Input token ids, int32 [N], N >= 1."""
+    inputs: dict[str, np.ndarray]
+    """The loss's inputs by their wire names: target_tokens int64 [M] or [M, K]; weights, advantages, logprobs, ...
+    float32 of the same shape."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens)
+
+
+class AdamParams(Struct, frozen=True):
+    """One AdamW step (SDK `types.AdamParams`, with its defaults). Weight decay is decoupled, as in `torch.optim.AdamW`."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+    """Clip the adapter's whole gradient to this L2 norm; 0 is off."""
+
+
+class SamplingParams(Struct, frozen=True):
+    """How to draw tokens (SDK `types.SamplingParams`)."""
+
+    max_tokens: int
+    """The most tokens to draw; the API fills in what the context leaves when the client gave none."""
+    seed: int
+    """Fixed when the request is accepted, so that running it again draws the same tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = -1
+    """-1 is all."""
+    top_p: float = 1.0
+    stop_strings: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    """Ids that end a sequence. The API puts the model's end-of-sequence ids here when the client gave no `stop`."""
+
+
+# ---------------------------------------------------------------- operations of a training model, in seq_id order
+
+
+class CreateModel(Struct, frozen=True, tag="create_model"):
+    """Make a fresh adapter with zero gradients and moments. Result: `Done`."""
+
+    model_id: str
+    lora: LoraConfig
+
+
+class ForwardBackward(Struct, frozen=True, tag="forward_backward"):
+    """Loss and, unless `forward_only`, gradients added to the model's accumulator. Result: `LossOutput`."""
+
+    model_id: str
+    data: tuple[Datum, ...]
+    loss_fn: str
+    loss_fn_config: dict[str, float | str] = {}
+    forward_only: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(datum.num_tokens for datum in self.data)
+
+
+class OptimStep(Struct, frozen=True, tag="optim_step"):
+    """Apply and clear the accumulated gradients. All-or-nothing. Result: `StepOutput`."""
+
+    model_id: str
+    adam: AdamParams
+
+
+class SaveWeights(Struct, frozen=True, tag="save_weights"):
+    """Write a checkpoint folder: adapter_config.json and adapter_model.safetensors (PEFT's layout), with
+    `with_optimizer` also optimizer.safetensors, with `with_gradients` also gradients.safetensors.
+
+    The folder appears whole or not at all (temporary folder, fsync, rename). Result: `SaveOutput`.
+    """
+
+    model_id: str
+    folder: str
+    with_optimizer: bool = False
+    with_gradients: bool = False
+    replace: bool = False
+    """Replace a folder that is already there; else it is an error."""
+
+
+class LoadWeights(Struct, frozen=True, tag="load_weights"):
+    """Replace the model's weights by a checkpoint folder's, creating the model if it is new (rank, alpha and parts are
+    the checkpoint's). Gradients become zero, or the folder's with `with_gradients`; moments become zero, or the
+    folder's with `with_optimizer`. Result: `LoadOutput`."""
+
+    model_id: str
+    folder: str
+    with_optimizer: bool = False
+    with_gradients: bool = False
+
+
+class ClearGradients(Struct, frozen=True, tag="clear_gradients"):
+    """Zero the model's accumulated gradients (a chunk of its batch was refused). Result: `Done`."""
+
+    model_id: str
+
+
+class DropModel(Struct, frozen=True, tag="drop_model"):
+    """Forget the model and free its memory; no error if it is not there. Result: `Done`."""
+
+    model_id: str
+
+
+TrainOperation = CreateModel | ForwardBackward | OptimStep | SaveWeights | LoadWeights | ClearGradients | DropModel
+
+
+# ---------------------------------------------------------------- operations of samplers
+
+
+class OpenSampler(Struct, frozen=True, tag="open_sampler"):
+    """Make weights available for sampling under an id: a sampler checkpoint's folder, or the base model's own
+    (folder ""). They never change afterwards. Result: `Done`."""
+
+    sampler_id: str
+    folder: str = ""
+
+
+class CloseSampler(Struct, frozen=True, tag="close_sampler"):
+    """Forget a sampler's weights once its running sequences have ended. Result: `Done`."""
+
+    sampler_id: str
+
+
+class Sample(Struct, frozen=True, tag="sample"):
+    """Draw `num_samples` continuations of a prompt (SDK `types.SampleRequest`). Result: `SampleOutput`.
+
+    Sampled log-probabilities are those of the distribution at the request's temperature, before top-k and top-p; at
+    temperature 0, of temperature 1. Prompt log-probabilities are the raw model's.
+    """
+
+    request_id: str
+    sampler_id: str
+    prompt: np.ndarray
+    """Token ids, int32 [N], N >= 1."""
+    params: SamplingParams
+    num_samples: int = 1
+    prompt_logprobs: bool = False
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt)
+
+
+class CancelSample(Struct, frozen=True, tag="cancel_sample"):
+    """Stop a running or waiting sample; it then answers a `Failure`. No error if it is not there. Result: `Done`."""
+
+    request_id: str
+
+
+SampleOperation = OpenSampler | CloseSampler | Sample | CancelSample
+Operation = TrainOperation | SampleOperation
+
+
+# ---------------------------------------------------------------- results
+
+
+class Done(Struct, frozen=True, tag="done"):
+    """It is done and there is nothing to say."""
+
+
+class LossOutput(Struct, frozen=True, tag="loss"):
+    """What a forward or forward_backward returns."""
+
+    output_type: str
+    """The wire's name for the record, such as "CrossEntropyLossReturn"."""
+    outputs: tuple[dict[str, np.ndarray], ...]
+    """For each datum: "logprobs", "elementwise_loss", float32, each of the shape of its target_tokens."""
+    metrics: dict[str, float]
+    """"name:reduction", among them "loss:sum"."""
+
+
+class StepOutput(Struct, frozen=True, tag="step"):
+    metrics: dict[str, float]
+
+
+class SaveOutput(Struct, frozen=True, tag="save"):
+    folder: str
+    size_bytes: int
+
+
+class LoadOutput(Struct, frozen=True, tag="load"):
+    lora: LoraConfig
+
+
+class TopLogprobs(Struct, frozen=True):
+    """The k most likely tokens at each position, most likely first; -99999 where a position has no distribution."""
+
+    token_ids: np.ndarray
+    """int32 [N, k]"""
+    logprobs: np.ndarray
+    """float32 [N, k]"""
+
+
+class SampledSequence(Struct, frozen=True):
+    tokens: np.ndarray
+    """int32 [n], the token that stopped it included."""
+    logprobs: np.ndarray
+    """float32 [n]"""
+    stop_reason: Literal["stop", "length"]
+    top_logprobs: TopLogprobs | None = None
+
+
+class SampleOutput(Struct, frozen=True, tag="sampled"):
+    sequences: tuple[SampledSequence, ...]
+    prompt_logprobs: np.ndarray | None = None
+    """float32 [N]; the first is NaN."""
+    prompt_top_logprobs: TopLogprobs | None = None
+    prompt_cache_hit_tokens: int = 0
+
+
+class Failure(Struct, frozen=True, tag="failure"):
+    """The operation did not happen. `category` as the SDK's RequestErrorCategory: "user" if the caller can mend it."""
+
+    error: str
+    category: Literal["user", "server", "unknown"]
+
+
+Result = Done | LossOutput | StepOutput | SaveOutput | LoadOutput | SampleOutput | Failure
+
+
+# ---------------------------------------------------------------- the engine itself
+
+
+class BaseModelInfo(Struct, frozen=True):
+    """What the rest of the server needs to know of a loaded base model."""
+
+    name: str
+    """As clients name it."""
+    folder: str
+    """Where its files are, tokenizer included."""
+    architecture: str
+    """`config.architectures[0]`, such as "Qwen3ForCausalLM"."""
+    vocab_size: int
+    """Rows of the embedding: every valid token id is below it."""
+    max_context: int
+    """Tokens, prompt and generation together."""
+    max_rank: int
+    eos_tokens: tuple[int, ...]
+    num_parameters: int
+    device: str
+    dtype: str
+
+
+class EngineOptions(Struct, frozen=True):
+    """How to load one base model (the server's settings for it, resolved)."""
+
+    name: str
+    source: str
+    """A folder, or a Hugging Face id."""
+    device: str = "auto"
+    """"auto" is the GPU where there is one."""
+    dtype: str = "auto"
+    """"auto" is float32 on the CPU and bfloat16 on a GPU."""
+    max_rank: int = 128
+    max_context: int = 0
+    """Tokens; 0 is the model's own."""
+    token_budget: int = 4096
+    """Tokens in one training micro-batch."""
+    kv_cache_bytes: int = 256 * 2**20
+    """Memory for the sampler's keys and values."""
+    max_decode_batch: int = 64
+    """Sequences decoded in one step."""
+    logits_bytes: int = 64 * 2**20
+    """Most memory that logits may take at a time."""
+    threads: int = 0
+    """CPU threads; 0 is what the machine has."""
+    trust_remote_code: bool = False

@@ -1,0 +1,150 @@
+"""The ledger's records as the rest of the server sees them: plain, immutable, without SQL.
+
+Times are seconds since the epoch (float, UTC).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from tinkercloud.engine.types import Failure, LoraConfig, LossOutput, SampleOutput, StepOutput
+
+
+class SessionRecord(Struct, frozen=True):
+    session_id: str
+    owner: str
+    created_at: float
+    last_heartbeat: float
+    state: Literal["active", "parked", "finished"]
+    """parked: no heartbeat for a while; its models' state is on disk and comes back with the next request."""
+    sdk_version: str = ""
+    tags: tuple[str, ...] = ()
+    user_metadata: dict[str, Any] = {}
+    display_name: str | None = None
+    project_id: str | None = None
+    finish_reason: str | None = None
+    """As the client gave it: success, errored or interrupted."""
+
+
+class ModelRecord(Struct, frozen=True):
+    """A training run: one adapter and its log of operations."""
+
+    model_id: str
+    session_id: str
+    model_seq_id: int
+    owner: str
+    base_model: str
+    lora: LoraConfig
+    created_at: float
+    last_request_at: float
+    state: Literal["live", "unloaded"]
+    applied_seq: int
+    """The newest seq_id whose operation has ended; -1 before the first."""
+    user_metadata: dict[str, Any] = {}
+
+
+class SamplerRecord(Struct, frozen=True):
+    """A sampling session: immutable weights that samples are drawn from."""
+
+    sampler_id: str
+    session_id: str
+    owner: str
+    base_model: str
+    model_path: str | None
+    """The tinker:// path that it was made from; None for a base model or an ephemeral save."""
+    folder: str
+    """The weights' folder, relative to the data directory; "" for the base model's own."""
+    created_at: float
+    clients: int = 1
+    """How many clients have joined; the next one gets this number as its counter."""
+
+
+class CheckpointRecord(Struct, frozen=True):
+    path: str
+    """tinker://<model_id>/<weights|sampler_weights>/<name>"""
+    model_id: str
+    kind: Literal["training", "sampler"]
+    name: str
+    owner: str
+    base_model: str
+    lora: LoraConfig
+    folder: str
+    """Relative to the data directory."""
+    size_bytes: int
+    created_at: float
+    expires_at: float | None = None
+    public: bool = False
+    user_metadata: dict[str, str] | None = None
+
+
+class SnapshotRecord(Struct, frozen=True):
+    """A model's whole state (adapter, moments, accumulated gradients) after one operation of its log."""
+
+    model_id: str
+    seq_id: int
+    folder: str
+    """Relative to the data directory."""
+    created_at: float
+
+
+class Entry(Struct, frozen=True):
+    """One accepted (or refused) operation."""
+
+    request_id: str
+    stream: str
+    """The model or sampler whose log this is."""
+    seq_id: int
+    kind: str
+    """The wire's name for the operation: create_model, forward_backward, optim_step, save_weights, sample, ..."""
+    state: Literal["accepted", "refused", "done", "failed"]
+    """refused: rejected on arrival, uses up its seq_id; failed: accepted, then ended with a `Failure`."""
+    num_tokens: int
+    created_at: float
+    repeated: bool = False
+    """This submission was a repeat; the entry is the first one's."""
+    completion: int = 0
+    """Position in the order of completion over the whole ledger; 0 until it has ended."""
+    result_bytes: int = 0
+    """Size of the stored outcome; 0 until it has ended."""
+
+
+# ---------------------------------------------------------------- outcomes: what a future resolves to
+
+
+class ModelCreated(Struct, frozen=True, tag="model_created"):
+    model_id: str
+
+
+class WeightsSaved(Struct, frozen=True, tag="weights_saved"):
+    path: str
+
+
+class SamplerSaved(Struct, frozen=True, tag="sampler_saved"):
+    """Either a named sampler checkpoint's path or an ephemeral sampler's id."""
+
+    path: str | None = None
+    sampling_session_id: str | None = None
+
+
+class WeightsLoaded(Struct, frozen=True, tag="weights_loaded"):
+    path: str
+    model_id: str
+
+
+class ModelUnloaded(Struct, frozen=True, tag="model_unloaded"):
+    model_id: str
+
+
+Outcome = (
+    LossOutput
+    | StepOutput
+    | SampleOutput
+    | ModelCreated
+    | WeightsSaved
+    | SamplerSaved
+    | WeightsLoaded
+    | ModelUnloaded
+    | Failure
+)
