@@ -1,0 +1,58 @@
+"""How a base model is written on the command line, and where its files are."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+EMBEDDED = "tinkercloud/nano"
+"""The model that comes with the package."""
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.:-]+)?")
+"""A model's name: as Hugging Face ids, with an optional `:suffix`."""
+
+
+class ModelError(ValueError):
+    """A model cannot be served as it was written; the text says why."""
+
+
+def parse_model(text: str) -> dict[str, Any]:
+    """`NAME`, `FOLDER` or `NAME=FOLDER`, each with `,setting=value` behind it, as the fields of a model's settings.
+
+    >>> parse_model("Qwen/Qwen3-8B,max_rank=64,lazy=true")
+    {'name': 'Qwen/Qwen3-8B', 'max_rank': '64', 'lazy': 'true'}
+    """
+    head, *options = re.split(r",(?=[a-z_]+=)", text)
+    fields: dict[str, Any] = {"name": head}
+    if "=" in head and not Path(head).expanduser().is_dir():
+        fields["name"], folder = head.split("=", 1)
+        fields["source"] = folder
+        if folder not in (EMBEDDED, "builtin") and not Path(folder).expanduser().is_dir():
+            raise ModelError(f"{text!r}: there is no folder {folder!r}")
+    return fields | dict(option.split("=", 1) for option in options)
+
+
+def resolve_source(name: str, source: str) -> tuple[str, str]:
+    """(name, source) with the source as an absolute folder, a Hugging Face id or `builtin`.
+
+    A folder that is given as a name is called by that name if clients can use it as one, else by its last part.
+    """
+    if source in (EMBEDDED, "builtin") or (not source and name == EMBEDDED):
+        return _checked(name), "builtin"
+    folder = Path(source or name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"the folder {folder} has no config.json; a model's folder is as `save_pretrained` writes it"
+            )
+        return _checked(name if source or NAME.fullmatch(name) else folder.resolve().name), str(folder.resolve())
+    if not NAME.fullmatch(source or name):
+        raise ModelError(f"{source or name!r} is neither a folder nor a Hugging Face id such as Qwen/Qwen3-8B")
+    return _checked(name), source or name
+
+
+def _checked(name: str) -> str:
+    if not NAME.fullmatch(name):
+        raise ModelError(f"{name!r} cannot be a model's name; use one such as my-model or me/my-model")
+    return name

@@ -1,0 +1,247 @@
+"""Every setting of the server: its default, its unit and what it means.
+
+A value comes from the command line, else from a `TINKERCLOUD_*` variable, else from the TOML file that `--config` (or
+`TINKERCLOUD_CONFIG`) names, else from here. `docs/configuration.md` is made from this module.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from tinkercloud.base_models import ModelError, parse_model, resolve_source
+
+if TYPE_CHECKING:
+    from tinkercloud.engine.types import EngineOptions
+
+ENV_PREFIX = "TINKERCLOUD_"
+KIB, MIB = 2**10, 2**20
+
+
+class ConfigError(Exception):
+    """A setting is wrong. The text says which one, and what would be right."""
+
+
+class PerModel(BaseModel):
+    """What may differ between base models: the server's value holds for every model that does not set its own."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    device: str = Field("auto", description="Where the model runs: `cpu`, `cuda`, `cuda:1`; `auto` is the GPU if any.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the frozen weights; `auto` is float32 on the CPU and bfloat16 on a GPU."
+    )
+    max_rank: int = Field(128, gt=0, description="Largest LoRA rank that a client may ask for.")
+    max_context: int = Field(
+        0, ge=0, description="Tokens of prompt and generation together; 0 is what the model was made for."
+    )
+    token_budget: int = Field(4096, gt=0, description="Tokens in one training micro-batch.")
+    kv_cache_bytes: ByteSize = Field(256 * MIB, gt=0, description="Bytes for the sampler's keys and values.")
+    max_decode_batch: int = Field(64, gt=0, description="Sequences decoded in one step.")
+    logits_bytes: ByteSize = Field(64 * MIB, gt=0, description="Most bytes that logits may take at a time.")
+    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 is what the machine has.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model's files.")
+    idle_seconds: float = Field(
+        600, gt=0, description="A lazy model without sessions leaves memory after this many seconds."
+    )
+
+
+class ModelSettings(PerModel):
+    """One base model to serve."""
+
+    name: str = Field(description="What clients call it, as in `base_model=`.")
+    source: str = Field("", description="A folder, a Hugging Face id, or `builtin`; without it, the name says it.")
+    lazy: bool = Field(False, description="Load it when the first client asks for it instead of at the start.")
+
+    def model_post_init(self, context: Any, /) -> None:
+        self.name, self.source = resolve_source(self.name, self.source)
+
+
+def _read_models(value: Any) -> Any:
+    """Accepts tables, `--model` texts, and (from the environment) either one such text or a JSON list of both."""
+    if isinstance(value, str):
+        value = json.loads(value) if value.lstrip().startswith("[") else [value]
+    if isinstance(value, list | tuple):
+        return [parse_model(item) if isinstance(item, str) else item for item in value]
+    return value
+
+
+def _default_data_dir() -> Path:
+    if sys.platform == "darwin":
+        return Path("~/Library/Application Support/tinkercloud").expanduser()
+    base = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_DATA_HOME")
+    return Path(base or "~/.local/share").expanduser() / "tinkercloud"
+
+
+class Settings(PerModel, BaseSettings):
+    """The server's settings. Make one with `Settings.load`, whose errors are sentences."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", validate_default=True)
+
+    config: Path | None = Field(None, description="A TOML file with any of these settings.")
+    host: str = Field("127.0.0.1", description="Address to listen on; a loopback address, since there are no keys yet.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
+    data_dir: Path = Field(
+        default_factory=_default_data_dir,
+        description="Folder for the database, checkpoints and snapshots. "
+        "The default is the user's data folder, such as `~/.local/share/tinkercloud`.",
+    )
+    database_url: str | None = Field(
+        None, description="SQLAlchemy URL of the ledger's database; without it, SQLite in the data folder."
+    )
+    log_file: Path | None = Field(None, description="File that the log is appended to; without it, standard error.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    models: Annotated[list[ModelSettings], NoDecode, BeforeValidator(_read_models)] = Field(
+        default_factory=lambda: [ModelSettings(name="tinkercloud/nano")],
+        description="Base models to serve, as `[[models]]` tables or `--model` texts; without any, the embedded model.",
+    )
+
+    max_body_bytes: ByteSize = Field(64 * MIB, gt=0, description="Largest request body, as it is sent.")
+    max_decompressed_bytes: ByteSize = Field(256 * MIB, gt=0, description="Largest request body, decompressed.")
+    inline_result_bytes: ByteSize = Field(
+        1 * MIB,
+        gt=0,
+        description="Results above this many bytes are announced by their size first, where the client allows it.",
+    )
+    poll_seconds: float = Field(
+        20, gt=0, lt=45, description="How long a request for a result waits for it; the SDK gives up after 45 s."
+    )
+    result_retention_seconds: float = Field(
+        3600, gt=0, description="How long a result is kept after it was first retrieved."
+    )
+    session_timeout_seconds: float = Field(
+        120, gt=10, description="A session without heartbeats for this long is parked; the SDK sends one every 10 s."
+    )
+    session_retention_seconds: float = Field(
+        7 * 86400, gt=0, description="How long a parked session can come back before its models are dropped."
+    )
+    gap_timeout_seconds: float = Field(
+        360, gt=0, description="How long operations wait for a missing earlier one; the SDK retries for 300 s."
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _loopback(cls, host: str) -> str:
+        try:
+            loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            loopback = False
+        if not loopback:
+            raise ValueError(
+                f"{host} can be reached from other machines, and this server has no keys to tell its users apart yet; "
+                "listen on 127.0.0.1 and reach it through an SSH tunnel (ssh -L 8000:127.0.0.1:8000 HOST)"
+            )
+        return host
+
+    @field_validator("data_dir", "log_file", "config")
+    @classmethod
+    def _expand(cls, path: Path | None) -> Path | None:
+        return path.expanduser() if path else path
+
+    @field_validator("models")
+    @classmethod
+    def _distinct(cls, models: list[ModelSettings]) -> list[ModelSettings]:
+        seen: dict[str, ModelSettings] = {}
+        for model in models:
+            if model.name in seen:
+                raise ValueError(
+                    f"two models are called {model.name} (from {seen[model.name].source} and {model.source}); "
+                    "give one of them another name with NAME=FOLDER"
+                )
+            seen[model.name] = model
+        return models
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        path = init_settings().get("config") or os.environ.get(ENV_PREFIX + "CONFIG")
+        if not path:
+            return init_settings, env_settings
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise ConfigError(f"the configuration file {file} does not exist")
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=file)
+
+    @classmethod
+    def load(cls, **given: Any) -> Settings:
+        """Settings from what is given (the command line; None is not given), the environment, the TOML file and the
+        defaults. Raises ConfigError with a sentence about each setting that is wrong."""
+        try:
+            return cls(**{name: value for name, value in given.items() if value is not None})
+        except ValidationError as error:
+            raise ConfigError("; ".join(_sentence(problem) for problem in error.errors())) from None
+        except (ModelError, json.JSONDecodeError) as error:
+            raise ConfigError(f"models: {error}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"the configuration file is not TOML: {error}") from None
+
+    def model(self, name: str) -> ModelSettings:
+        """The settings of one of the models. KeyError if it is not served."""
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise KeyError(name)
+
+    def engine_options(self, model: str | ModelSettings) -> EngineOptions:
+        """How to load a base model: its own settings, else the server's."""
+        from tinkercloud.engine.types import EngineOptions
+
+        chosen = self.model(model) if isinstance(model, str) else model
+        own = {name: self.for_model(chosen, name) for name in PerModel.model_fields if name != "idle_seconds"}
+        return EngineOptions(name=chosen.name, source=source_folder(chosen.source), **own)
+
+    def for_model(self, model: ModelSettings, setting: str) -> Any:
+        """One of the settings in `PerModel`: the model's, if it was given there, else the server's."""
+        value = getattr(model if setting in model.model_fields_set else self, setting)
+        return int(value) if isinstance(value, ByteSize) else value
+
+
+def source_folder(source: str) -> str:
+    """`builtin` as the embedded model's folder; anything else as it is."""
+    if source != "builtin":
+        return source
+    from tinkercloud.nano import FOLDER
+
+    return str(FOLDER)
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[tuple[str, str | None]]:
+    """`TINKERCLOUD_*` variables that set nothing, each with the variable that may have been meant."""
+    known = [ENV_PREFIX + name.upper() for name in Settings.model_fields]
+    strange = sorted(name for name in environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
+    return [(name, next(iter(difflib.get_close_matches(name.upper(), known)), None)) for name in strange]
+
+
+def _sentence(problem: Any) -> str:
+    *where, key = problem["loc"] or ("settings",)
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = list((ModelSettings if where else Settings).model_fields)
+        near = difflib.get_close_matches(str(key), known, n=1)
+        meant = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(sorted(known))}"
+        return f"there is no setting {place!r}; {meant}"
+    if problem["type"] == "value_error":
+        return f"{place}: {problem['ctx']['error']}"
+    return f"{place}: {problem['msg']} (it is {problem['input']!r})"
