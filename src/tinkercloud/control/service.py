@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tinkercloud.engine.types import BaseModelInfo, LoraConfig, Sample
+from tinkercloud.engine.types import BaseModelInfo, ForwardBackward, LoraConfig, OptimStep, Sample
 from tinkercloud.ledger.records import (
     CheckpointRecord,
     Entry,
@@ -88,8 +88,35 @@ class Service:
     async def model(self, model_id: str, owner: str) -> ModelRecord:
         """NotFound if there is none (or it was unloaded)."""
 
-    async def submit(self, model: ModelRecord, seq_id: int | None, kind: str, operation: Any, **details: Any) -> Entry:
-        """Append an operation to the model's log. `seq_id` None (hand-written clients) takes the next free one."""
+    async def submit(
+        self, model: ModelRecord, seq_id: int | None, kind: str, operation: ForwardBackward | OptimStep
+    ) -> Entry:
+        """Append a forward, forward_backward or optim_step to the model's log. `seq_id` None (hand-written clients)
+        takes the next free one. An entry in state "refused" is the repeat of a refused one."""
+
+    async def save_weights(
+        self,
+        model: ModelRecord,
+        seq_id: int | None,
+        name: str | None,
+        *,
+        for_sampler: bool,
+        ttl_seconds: int | None,
+        overwrite: bool,
+        user_metadata: dict[str, str] | None,
+    ) -> Entry:
+        """Append the saving of a named checkpoint (weights/NAME, or sampler_weights/NAME); without a name, one is made
+        of the seq_id. A name that is taken fails the future (category user) unless `overwrite`."""
+
+    async def save_ephemeral_sampler(self, model: ModelRecord, seq_id: int | None, sampling_session_seq_id: int) -> Entry:
+        """Append the making of a sampler from the model's weights at this point of its log."""
+
+    async def load_weights(
+        self, model: ModelRecord, seq_id: int | None, checkpoint: CheckpointRecord, with_optimizer: bool
+    ) -> Entry: ...
+
+    async def unload_model(self, model: ModelRecord) -> Entry:
+        """Free the model after everything before it in its log has run."""
 
     async def refuse(self, model: ModelRecord, seq_id: int | None, kind: str, error: str) -> Entry:
         """Record a refusal at its seq_id, so that what comes after it runs. No-op without a seq_id."""

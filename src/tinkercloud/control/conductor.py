@@ -1,0 +1,209 @@
+"""Runs the logs of all training runs over one base model, cycle by cycle."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from pathlib import Path
+
+from tinkercloud.codec import decode, encode
+from tinkercloud.config import Settings
+from tinkercloud.control.arrivals import Arrivals
+from tinkercloud.control.engine_handle import EngineDied, EngineHandle
+from tinkercloud.control.engines import ServedModel
+from tinkercloud.control.outcomes import Details, SaveDetails, conclude
+from tinkercloud.control.folders import checkpoint_path
+from tinkercloud.control.training_run import ReplayError, TrainingRun
+from tinkercloud.engine.types import ClearGradients, DropModel, Failure, Result
+from tinkercloud.errors import Unavailable
+from tinkercloud.ledger.ledger import Ledger
+from tinkercloud.ledger.order import ModelLog
+from tinkercloud.ledger.records import Entry, ModelRecord
+from tinkercloud.scheduler.cycle import Waiting, charge, next_cycle
+
+log = logging.getLogger(__name__)
+
+MAX_DEATHS = 2
+"""An operation during which the engine died this often is failed, so that its model can go on with the next one."""
+
+
+class Conductor:
+    """The training loop of one base model.
+
+    Only this class runs operations of training runs. It owns their logs: whatever else wants to touch a run's state (a
+    park, a stop) asks it, and is served between two cycles.
+    """
+
+    def __init__(self, served: ServedModel, ledger: Ledger, arrivals: Arrivals, settings: Settings):
+        self._served = served
+        self._ledger = ledger
+        self._arrivals = arrivals
+        self._settings = settings
+        self._data_dir = Path(settings.data_dir)
+        self._runs: dict[str, TrainingRun] = {}
+        self._work = asyncio.Event()
+        self._between_cycles = asyncio.Lock()
+        self._served_tokens: dict[str, float] = {}
+        self._deaths: Counter[str] = Counter()
+        self._task = asyncio.create_task(self._conduct(), name=f"conductor {served.name}")
+
+    # ------------------------------------------------------------ what the service calls
+
+    def add_run(self, record: ModelRecord, entries: list[Entry]) -> None:
+        """Take a run in, with the entries of its log that have not ended yet."""
+        order = ModelLog(record.applied_seq, gap_timeout=self._settings.gap_timeout_seconds)
+        self._runs[record.model_id] = TrainingRun(record, order, self._ledger, self._data_dir)
+        for entry in entries:
+            self.accept(entry)
+
+    def accept(self, entry: Entry) -> None:
+        """An entry is in the ledger: run it when its turn comes."""
+        run = self._runs.get(entry.stream)
+        if run is not None:
+            run.order.add(entry, now=time.monotonic())
+            self._work.set()
+
+    async def park(self, model_ids: list[str]) -> None:
+        """Put runs on disk, after the running cycle; operations that wait bring them back at once."""
+        async with self._between_cycles:
+            if self._served.state != "ready":
+                return  # nothing is resident, and what is on disk is enough to rebuild it
+            engine = await self._served.engine()
+            for model_id in model_ids:
+                if (run := self._runs.get(model_id)) is not None:
+                    try:
+                        await run.park(engine)
+                    except EngineDied:
+                        return
+
+    async def stop(self) -> None:
+        """Finish the running cycle, then snapshot every run whose state is only in the engine."""
+        async with self._between_cycles:
+            self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        await self.park(list(self._runs))
+
+    @property
+    def busy(self) -> bool:
+        """Whether an operation is runnable or running."""
+        return self._between_cycles.locked() or any(run.order.next_runnable() for run in self._runs.values())
+
+    # ------------------------------------------------------------ the loop
+
+    async def _conduct(self) -> None:
+        while True:
+            try:
+                await asyncio.wait_for(self._work.wait(), timeout=self._settings.gap_check_seconds)
+            except TimeoutError:
+                await self._fail_behind_gaps()
+                continue
+            self._work.clear()
+            while waiting := self._waiting():
+                async with self._between_cycles:
+                    cycle = next_cycle(waiting, self._settings.cycle_tokens, self._served_tokens)
+                    try:
+                        await self._run_cycle([self._runs[w.model_id] for w in cycle])
+                    except EngineDied as error:
+                        log.error("%s; its operations run again on the next one", error)
+                        continue
+                self._served_tokens = charge(self._served_tokens, cycle, {w.owner for w in waiting})
+
+    def _waiting(self) -> list[Waiting]:
+        waiting = []
+        for run in self._runs.values():
+            entry = run.order.next_runnable()
+            if entry is not None:
+                waiting.append(
+                    Waiting(run.model_id, run.record.owner, entry.request_id, entry.num_tokens, entry.created_at)
+                )
+        suspects = [w for w in waiting if self._deaths[w.request_id]]
+        return suspects[:1] or waiting  # whatever ran when an engine died runs alone, so that others are not blamed
+
+    async def _run_cycle(self, runs: list[TrainingRun]) -> None:
+        try:
+            engine = await self._served.engine()
+        except Unavailable as error:
+            await asyncio.gather(*(self._end(run, Failure(str(error), "server")) for run in runs))
+            return
+        ready: list[tuple[TrainingRun, bytes]] = []
+        for run in runs:
+            prepared = await self._prepare(run, engine)
+            if isinstance(prepared, Failure):
+                await self._end(run, prepared)
+            else:
+                ready.append((run, prepared))
+        if not ready:
+            return
+        try:
+            results = await engine.run_cycle([payload for _, payload in ready])
+        except EngineDied:
+            self._deaths.update(_next(run).request_id for run, _ in ready)
+            raise
+        await asyncio.gather(*(self._end(run, result) for (run, _), result in zip(ready, results, strict=True)))
+        for run, _ in ready:
+            if run.unsaved_operations >= self._settings.snapshot_operations:
+                await run.snapshot(engine)
+
+    async def _prepare(self, run: TrainingRun, engine: EngineHandle) -> bytes | Failure:
+        """The bytes to run for the next entry of a run whose state is in the engine, or why it fails."""
+        entry = _next(run)
+        if self._deaths[entry.request_id] >= MAX_DEATHS:
+            return Failure(
+                f"{entry.kind} (seq_id {entry.seq_id}) ended the engine process {MAX_DEATHS} times and was given up; "
+                "the model goes on as if it had not been sent. The server's log has the details",
+                "server",
+            )
+        try:
+            await run.bring_into(engine)
+        except ReplayError as error:
+            log.error("%s", error)
+            return Failure(str(error), "server")
+        if entry.kind == "optim_step" and run.order.poisoned_by is not None:
+            refused = run.order.poisoned_by
+            await engine.run_cycle([encode(ClearGradients(run.model_id))])
+            return Failure(
+                f"no step was taken: the {refused.kind} with seq_id {refused.seq_id} of this batch was refused, so its "
+                "gradient is incomplete and was cleared; send the batch again",
+                "user",
+            )
+        details = decode(entry.details, Details)
+        if isinstance(details, SaveDetails) and not details.overwrite:
+            path = checkpoint_path(run.model_id, details.kind, details.name)
+            if await self._ledger.checkpoint(path) is not None:
+                return Failure(f"{path} exists already; choose another name, or save with overwrite=True", "user")
+        if entry.kind == "unload_model":
+            return encode(DropModel(run.model_id))
+        return await self._ledger.payload(entry.request_id)
+
+    async def _end(self, run: TrainingRun, result: Result) -> None:
+        """Store what an operation gave, then let the next one and its client go on."""
+        entry = _next(run)
+        outcome, records = conclude(entry, run.record, decode(entry.details, Details), result)
+        await self._ledger.complete(entry.request_id, encode(outcome), failed=isinstance(outcome, Failure), also=records)
+        run.order.ended(entry)
+        run.unsaved_operations += 1
+        self._deaths.pop(entry.request_id, None)
+        if entry.kind == "unload_model":
+            await self._ledger.unload_model(run.model_id)
+            del self._runs[run.model_id]
+        self._arrivals.announce(entry.request_id)
+
+    async def _fail_behind_gaps(self) -> None:
+        """Fail what waits behind a seq_id that never came: its client has given up sending it."""
+        for run in self._runs.values():
+            for entry in run.order.expired(now=time.monotonic()):
+                failure = Failure(
+                    f"{entry.kind} (seq_id {entry.seq_id}) waited {self._settings.gap_timeout_seconds:.0f} s for seq_id "
+                    f"{run.order.applied_seq + 1}, which never came; create a new training client from your last checkpoint",
+                    "user",
+                )
+                await self._ledger.complete(entry.request_id, encode(failure), failed=True)
+                self._arrivals.announce(entry.request_id)
+
+
+def _next(run: TrainingRun) -> Entry:
+    entry = run.order.next_runnable()
+    assert entry is not None, "a run in a cycle has a runnable operation"
+    return entry

@@ -1,0 +1,164 @@
+"""The control process's end of one engine process: starting it, asking it, noticing that it died."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+from tinkercloud.codec import decode
+from tinkercloud.engine.messages import (
+    LENGTH_BYTES,
+    Answer,
+    Ask,
+    CycleDone,
+    FromEngine,
+    LoadFailed,
+    Progress,
+    Ready,
+    RunCycle,
+    Start,
+    Stop,
+    ToEngine,
+    frame,
+    frame_length,
+)
+from tinkercloud.engine.types import BaseModelInfo, EngineOptions, Result
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS = 30.0
+"""How long an engine may take to end after `Stop` before it is killed."""
+
+
+class EngineDied(Exception):
+    """The engine process ended while it was loading or had something to do."""
+
+
+class EngineLoadError(Exception):
+    """The base model cannot be served; the text says why. Starting again would not help."""
+
+
+class EngineHandle:
+    """One run of one engine process; a restart is a new handle."""
+
+    def __init__(self, options: EngineOptions, on_progress: Callable[[float, str], None]):
+        self._options = options
+        self._on_progress = on_progress
+        self._ids = itertools.count()
+        self._waiting: dict[int, asyncio.Future] = {}
+        self._ready: asyncio.Future[BaseModelInfo] = asyncio.get_running_loop().create_future()
+        self.died = asyncio.Event()
+
+    async def start(self) -> BaseModelInfo:
+        """Start the process and wait until its base model is loaded. EngineLoadError, EngineDied."""
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "tinkercloud.engine.process",
+                str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                env=os.environ | _thread_environment(),
+                start_new_session=True,  # Ctrl-C at the terminal is the control process's to handle
+            )
+        finally:
+            theirs.close()
+        self._reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._reading = asyncio.create_task(self._read())
+        self._send(Start(self._options))
+        return await asyncio.shield(self._ready)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def run_cycle(self, operations: Sequence[bytes]) -> tuple[Result, ...]:
+        """Run operations of different models; results in the same order. EngineDied."""
+        cycle_id, future = self._expect()
+        self._send(RunCycle(cycle_id, tuple(operations)))
+        return await future
+
+    async def ask(self, operation: bytes) -> Result:
+        """One operation of the sampler. EngineDied."""
+        ask_id, future = self._expect()
+        self._send(Ask(ask_id, operation))
+        return await future
+
+    async def stop(self) -> None:
+        """Let the running cycle end, then end the process."""
+        if not self.died.is_set():
+            with contextlib.suppress(ConnectionError):
+                self._send(Stop())
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+            except TimeoutError:
+                log.warning("engine %s did not stop within %.0f s; killing it", self._options.name, STOP_SECONDS)
+                self._process.kill()
+        await self._reading
+
+    def _expect(self) -> tuple[int, asyncio.Future]:
+        if self.died.is_set():
+            raise EngineDied(self._options.name)
+        message_id = next(self._ids)
+        future = asyncio.get_running_loop().create_future()
+        self._waiting[message_id] = future
+        return message_id, future
+
+    def _send(self, message: ToEngine) -> None:
+        self._writer.write(frame(message))
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                header = await self._reader.readexactly(LENGTH_BYTES)
+                body = await self._reader.readexactly(frame_length(header))
+                self._receive(decode(body, FromEngine))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            await self._ended()
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case Progress():
+                self._on_progress(message.fraction, message.text)
+            case Ready():
+                self._ready.set_result(message.info)
+            case LoadFailed():
+                self._ready.set_exception(EngineLoadError(message.error))
+            case CycleDone():
+                self._resolve(message.cycle_id, message.results)
+            case Answer():
+                self._resolve(message.ask_id, message.result)
+
+    def _resolve(self, message_id: int, value: object) -> None:
+        future = self._waiting.pop(message_id)
+        if not future.done():
+            future.set_result(value)
+
+    async def _ended(self) -> None:
+        self._writer.close()
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+        code = await self._process.wait()
+        self.died.set()
+        error = EngineDied(f"engine {self._options.name} ended with code {code}")
+        for future in (self._ready, *self._waiting.values()):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # seen: whoever waits gets it, and nobody may be waiting
+        self._waiting.clear()
+
+
+def _thread_environment() -> dict[str, str]:
+    """OpenMP threads that wait passively: a spinning pool on two busy cores runs five to ten times slower."""
+    return {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"), "TOKENIZERS_PARALLELISM": "false"}

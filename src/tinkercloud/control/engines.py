@@ -1,0 +1,159 @@
+"""The base models that the server serves, each with an engine process that is kept alive."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from tinkercloud.control.engine_handle import EngineDied, EngineHandle, EngineLoadError
+from tinkercloud.engine.types import BaseModelInfo, EngineOptions
+from tinkercloud.errors import NotFound, Unavailable
+
+log = logging.getLogger(__name__)
+
+RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0)
+"""Pauses before a dead engine is started again; the last one repeats."""
+
+STEADY_SECONDS = 60.0
+"""An engine that lived this long starts the next time without a pause."""
+
+OnProgress = Callable[[str, float, str], None]
+"""Called with (base model, fraction loaded, what is being done)."""
+
+
+class ServedModel:
+    """One base model: how to load it, what is known of it, and the engine process that has it now."""
+
+    def __init__(self, options: EngineOptions, lazy: bool, idle_seconds: float, on_progress: OnProgress):
+        self.options = options
+        self.lazy = lazy
+        self.idle_seconds = idle_seconds
+        self.state = "idle"
+        """idle, loading, ready, restarting, stopped, or failed: and why"""
+        self.info: BaseModelInfo | None = None
+        """Known from the first time that the model was loaded."""
+        self.last_used = time.monotonic()
+        self._on_progress = on_progress
+        self._handle: EngineHandle | None = None
+        self._changed = asyncio.Condition()
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.options.name
+
+    def start(self) -> None:
+        """Begin to load the model, if it is not loaded or loading already."""
+        if self._supervisor is None or self._supervisor.done():
+            self._supervisor = asyncio.create_task(self._supervise(), name=f"engine {self.name}")
+
+    async def engine(self) -> EngineHandle:
+        """The running engine; waits while it loads or restarts, starts a lazy one. Unavailable if it cannot load."""
+        self.last_used = time.monotonic()
+        if self._handle is None and self.state in ("idle", "stopped"):
+            self.start()
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._handle is not None or self.state.startswith("failed"))
+            if self._handle is None:
+                raise Unavailable(f"base model {self.name} cannot be served: {self.state}")
+            return self._handle
+
+    async def loaded(self) -> BaseModelInfo:
+        """What is known of the model, loading it if that is not yet known."""
+        if self.info is None:
+            await self.engine()
+        assert self.info is not None
+        return self.info
+
+    async def stop(self) -> None:
+        """Let the running cycle end and end the process; the next `engine()` starts it again."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+            self._supervisor = None
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            await handle.stop()
+        await self._enter("stopped")
+
+    async def _supervise(self) -> None:
+        failures = 0
+        while True:
+            started = time.monotonic()
+            await self._enter("loading" if self.info is None else "restarting" if failures else "loading")
+            handle = EngineHandle(self.options, self._progress)
+            try:
+                self.info = await handle.start()
+                self._handle = handle
+                await self._enter("ready")
+                log.info("engine %s ready (pid %d) after %.1f s", self.name, handle.pid, time.monotonic() - started)
+                await handle.died.wait()
+            except EngineLoadError as error:
+                await self._enter(f"failed: {error}")
+                return
+            except EngineDied:
+                pass
+            except asyncio.CancelledError:
+                if self._handle is None:  # stopped while loading: nobody else knows this process
+                    await handle.stop()
+                raise
+            self._handle = None
+            failures = 0 if time.monotonic() - started > STEADY_SECONDS else failures + 1
+            pause = RESTART_SECONDS[min(failures, len(RESTART_SECONDS)) - 1] if failures else 0.0
+            log.error("engine %s died; starting it again in %.0f s", self.name, pause)
+            await self._enter("restarting")
+            await asyncio.sleep(pause)
+
+    def _progress(self, fraction: float, text: str) -> None:
+        self._on_progress(self.name, fraction, text)
+
+    async def _enter(self, state: str) -> None:
+        async with self._changed:
+            self.state = state
+            self._changed.notify_all()
+
+
+class ServedModels:
+    """All base models of a server, by the names that clients use."""
+
+    def __init__(self, on_progress: OnProgress):
+        self._models: dict[str, ServedModel] = {}
+        self._on_progress = on_progress
+        self._was_ready = False
+
+    def add(self, options: EngineOptions, lazy: bool, idle_seconds: float) -> ServedModel:
+        """Serve one more base model; a lazy one loads when it is first used."""
+        model = self._models[options.name] = ServedModel(options, lazy, idle_seconds, self._on_progress)
+        if not lazy:
+            model.start()
+        return model
+
+    async def remove(self, name: str) -> None:
+        """Stop serving a base model. NotFound."""
+        model = self.get(name)
+        del self._models[name]
+        await model.stop()
+
+    def get(self, name: str) -> ServedModel:
+        """NotFound names the models that are served."""
+        if name not in self._models:
+            served = ", ".join(sorted(self._models)) or "none"
+            raise NotFound(f"base model {name!r} is not served here; served are: {served}")
+        return self._models[name]
+
+    def __iter__(self):
+        return iter(list(self._models.values()))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._models
+
+    def ready(self) -> bool:
+        """True from the first moment at which every preloaded model was ready (a restart does not take it back)."""
+        if not self._was_ready:
+            self._was_ready = all(model.lazy or model.state == "ready" for model in self)
+        return self._was_ready
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(model.stop() for model in self))

@@ -1,0 +1,55 @@
+"""Where things lie in the data directory, and what a tinker:// path means. All folders are relative to that directory.
+
+checkpoints/<run>/weights/<name>          named training checkpoints
+checkpoints/<run>/sampler_weights/<name>  named sampler checkpoints
+samplers/<sampler>                        ephemeral samplers
+snapshots/<run>/<seq_id>                  whole states of training runs, for recovery
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tinkercloud.errors import InvalidRequest
+
+CheckpointKind = Literal["training", "sampler"]
+
+_SEGMENTS: dict[CheckpointKind, str] = {"training": "weights", "sampler": "sampler_weights"}
+_KINDS: dict[str, CheckpointKind] = {segment: kind for kind, segment in _SEGMENTS.items()}
+
+
+def checkpoint_path(model_id: str, kind: CheckpointKind, name: str) -> str:
+    """tinker://<run>/<weights|sampler_weights>/<name>, the checkpoint's name on the wire."""
+    return f"tinker://{model_id}/{_SEGMENTS[kind]}/{name}"
+
+
+def checkpoint_folder(model_id: str, kind: CheckpointKind, name: str) -> str:
+    return f"checkpoints/{_folder_name(model_id)}/{_SEGMENTS[kind]}/{name}"
+
+
+def sampler_folder(sampler_id: str) -> str:
+    return f"samplers/{_folder_name(sampler_id)}"
+
+
+def snapshot_folder(model_id: str, seq_id: int) -> str:
+    return f"{snapshots_folder(model_id)}/{seq_id}"
+
+
+def snapshots_folder(model_id: str) -> str:
+    return f"snapshots/{_folder_name(model_id)}"
+
+
+def parse_checkpoint_path(path: str) -> tuple[str, CheckpointKind, str]:
+    """(run, kind, name) of a tinker:// path. InvalidRequest says what a path looks like."""
+    scheme, _, rest = path.partition("://")
+    parts = rest.split("/")
+    if scheme != "tinker" or len(parts) != 3 or not all(parts) or parts[1] not in _KINDS:
+        raise InvalidRequest(
+            f"{path!r} is no checkpoint path; expected tinker://<run>/weights/<name> or tinker://<run>/sampler_weights/<name>"
+        )
+    return parts[0], _KINDS[parts[1]], parts[2]
+
+
+def _folder_name(identifier: str) -> str:
+    """Ids hold colons, which some file systems refuse."""
+    return identifier.replace(":", "_")

@@ -1,0 +1,91 @@
+"""From what an engine returned to what a future resolves to, and the records that come into being with it."""
+
+from __future__ import annotations
+
+import time
+
+from msgspec import Struct
+
+from tinkercloud.control.folders import CheckpointKind, checkpoint_folder, checkpoint_path, sampler_folder
+from tinkercloud.engine.types import Failure, LoadOutput, Result, SaveOutput
+from tinkercloud.ledger.records import (
+    CheckpointRecord,
+    Entry,
+    ModelCreated,
+    ModelRecord,
+    ModelUnloaded,
+    Outcome,
+    SamplerRecord,
+    SamplerSaved,
+    WeightsLoaded,
+    WeightsSaved,
+)
+
+
+class SaveDetails(Struct, frozen=True):
+    """What an entry of kind save_weights or save_weights_for_sampler remembers beside its payload."""
+
+    name: str
+    kind: CheckpointKind
+    overwrite: bool = False
+    ttl_seconds: int | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+class SamplerDetails(Struct, frozen=True):
+    """What an entry that makes an ephemeral sampler remembers."""
+
+    sampler_id: str
+
+
+class LoadDetails(Struct, frozen=True):
+    """What an entry of kind load_weights remembers."""
+
+    path: str
+
+
+Details = SaveDetails | SamplerDetails | LoadDetails | None
+
+
+def conclude(entry: Entry, model: ModelRecord, details: Details, result: Result) -> tuple[Outcome, list]:
+    """(the future's value, records to store together with it) for an operation of a training model."""
+    now = time.time()
+    match entry.kind, result, details:
+        case _, Failure(), _:
+            return result, []
+        case "create_model", _, _:
+            return ModelCreated(model.model_id), []
+        case ("save_weights" | "save_weights_for_sampler"), SaveOutput(), SaveDetails():
+            checkpoint = CheckpointRecord(
+                path=checkpoint_path(model.model_id, details.kind, details.name),
+                model_id=model.model_id,
+                kind=details.kind,
+                name=details.name,
+                owner=model.owner,
+                base_model=model.base_model,
+                lora=model.lora,
+                folder=checkpoint_folder(model.model_id, details.kind, details.name),
+                size_bytes=result.size_bytes,
+                created_at=now,
+                expires_at=None if details.ttl_seconds is None else now + details.ttl_seconds,
+                user_metadata=details.user_metadata,
+            )
+            saved = WeightsSaved if details.kind == "training" else SamplerSaved
+            return saved(path=checkpoint.path), [checkpoint]
+        case "save_weights_for_sampler", SaveOutput(), SamplerDetails():
+            sampler = SamplerRecord(
+                sampler_id=details.sampler_id,
+                session_id=model.session_id,
+                owner=model.owner,
+                base_model=model.base_model,
+                model_path=None,
+                folder=sampler_folder(details.sampler_id),
+                created_at=now,
+            )
+            return SamplerSaved(sampling_session_id=details.sampler_id), [sampler]
+        case "load_weights", LoadOutput(), LoadDetails():
+            return WeightsLoaded(path=details.path, model_id=model.model_id), []
+        case "unload_model", _, _:
+            return ModelUnloaded(model.model_id), []
+        case _:
+            return result, []

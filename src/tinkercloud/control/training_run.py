@@ -1,0 +1,127 @@
+"""One training run: its log, and bringing its state into an engine."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from tinkercloud.codec import decode, encode
+from tinkercloud.control.engine_handle import EngineHandle
+from tinkercloud.control.folders import snapshot_folder
+from tinkercloud.engine.types import (
+    ClearGradients,
+    DropModel,
+    Failure,
+    LoadWeights,
+    LossOutput,
+    Result,
+    SaveWeights,
+)
+from tinkercloud.ledger.ledger import Ledger
+from tinkercloud.ledger.order import ModelLog
+from tinkercloud.ledger.records import Entry, ModelRecord, Outcome, SnapshotRecord
+
+log = logging.getLogger(__name__)
+
+STATE_CHANGES = frozenset({"create_model", "load_weights", "forward_backward", "optim_step"})
+"""Kinds of operation that change a model's state: what a replay runs again."""
+
+REPLAY_TOLERANCE = 1e-4
+"""Largest relative difference between a replayed loss and the stored one before the run is stopped."""
+
+
+class ReplayError(Exception):
+    """A run's state could not be rebuilt from its snapshot and log; the text says where it went wrong."""
+
+
+class TrainingRun:
+    """A model's log of operations, and where its state is now.
+
+    The log is the truth. An engine's copy is rebuilt from the newest snapshot and the log behind it whenever the engine
+    at hand is not the one that had it: after a crash, a restart of the server, or a park.
+    """
+
+    def __init__(self, record: ModelRecord, order: ModelLog, ledger: Ledger, data_dir: Path):
+        self.record = record
+        self.order = order
+        self._ledger = ledger
+        self._data_dir = data_dir
+        self._resident_in: EngineHandle | None = None
+        self.unsaved_operations = 0
+        """Operations since the newest snapshot (or since the run's beginning)."""
+
+    @property
+    def model_id(self) -> str:
+        return self.record.model_id
+
+    def resident(self, engine: EngineHandle | None) -> bool:
+        return self._resident_in is not None and self._resident_in is engine
+
+    async def bring_into(self, engine: EngineHandle) -> None:
+        """Make sure that `engine` has the run's state as of its applied seq_id. ReplayError, EngineDied."""
+        if self.resident(engine):
+            return
+        snapshot = await self._ledger.newest_snapshot(self.model_id)
+        after = -1
+        if snapshot is not None:
+            folder = LoadWeights(self.model_id, snapshot.folder, with_optimizer=True, with_gradients=True)
+            await self._restore(engine, encode(folder), f"its snapshot after operation {snapshot.seq_id}")
+            after = snapshot.seq_id
+        for entry in await self._ledger.history(self.model_id, after):
+            await self._replay(engine, entry)
+        self._resident_in = engine
+
+    async def _replay(self, engine: EngineHandle, entry: Entry) -> None:
+        if entry.kind == "optim_step" and entry.state != "done":
+            # A refused or failed step has cleared the gradients, whatever was in them.
+            await self._restore(engine, encode(ClearGradients(self.model_id)), f"operation {entry.seq_id}")
+        elif entry.kind in STATE_CHANGES and entry.state == "done":
+            result = await self._restore(
+                engine, await self._ledger.payload(entry.request_id), f"operation {entry.seq_id} ({entry.kind})"
+            )
+            if isinstance(result, LossOutput):
+                await self._compare(entry, result)
+
+    async def _restore(self, engine: EngineHandle, payload: bytes, what: str) -> Result:
+        (result,) = await engine.run_cycle([payload])
+        if isinstance(result, Failure):
+            raise ReplayError(f"training run {self.model_id} could not be rebuilt: {what}: {result.error}")
+        return result
+
+    async def _compare(self, entry: Entry, replayed: LossOutput) -> None:
+        stored = await self._ledger.outcome(entry.request_id)
+        if stored is None:
+            return
+        before = decode(stored, Outcome)
+        assert isinstance(before, LossOutput)
+        old, new = before.metrics["loss:sum"], replayed.metrics["loss:sum"]
+        if abs(old - new) > REPLAY_TOLERANCE * max(1.0, abs(old)):
+            raise ReplayError(
+                f"training run {self.model_id} could not be rebuilt: operation {entry.seq_id} gave a loss of {new} "
+                f"where {old} was returned to its client"
+            )
+
+    async def snapshot(self, engine: EngineHandle) -> None:
+        """Write the run's whole state and forget the log behind it as far as recovery is concerned. EngineDied."""
+        seq_id = self.order.applied_seq
+        folder = snapshot_folder(self.model_id, seq_id)
+        save = SaveWeights(self.model_id, folder, with_optimizer=True, with_gradients=True, replace=True)
+        (result,) = await engine.run_cycle([encode(save)])
+        if isinstance(result, Failure):
+            log.error("no snapshot of %s after operation %d: %s", self.model_id, seq_id, result.error)
+            return
+        older = await self._ledger.add_snapshot(SnapshotRecord(self.model_id, seq_id, folder, time.time()))
+        for record in older:
+            shutil.rmtree(self._data_dir / record.folder, ignore_errors=True)
+        self.unsaved_operations = 0
+
+    async def park(self, engine: EngineHandle) -> None:
+        """Put the state on disk and free the engine's memory; the next operation brings it back. EngineDied."""
+        if not self.resident(engine):
+            return
+        if self.unsaved_operations:
+            await self.snapshot(engine)
+        await engine.run_cycle([encode(DropModel(self.model_id))])
+        self._resident_in = None

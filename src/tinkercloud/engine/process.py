@@ -1,0 +1,165 @@
+"""An engine process: one base model, one thread that computes, one that listens.
+
+Started by the control process as `python -m tinkercloud.engine.process FD` with one end of a socket pair. The computing
+thread runs training cycles and sampling steps in turns; it ends when the control process does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+
+from tinkercloud.codec import decode
+from tinkercloud.engine.messages import (
+    Answer,
+    Ask,
+    CycleDone,
+    LoadFailed,
+    Progress,
+    Ready,
+    RunCycle,
+    Start,
+    Stop,
+    ToEngine,
+    frame,
+    receive,
+)
+from tinkercloud.engine.protocol import Sampler, Trainer
+from tinkercloud.engine.types import (
+    CancelSample,
+    CloseSampler,
+    EngineOptions,
+    OpenSampler,
+    OperationError,
+    Sample,
+    SampleOperation,
+    TrainOperation,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Shares one device between a trainer and a sampler.
+
+    The policy: while both have work they get equal shares of time. After each training micro-batch the sampler runs
+    steps for as long as that micro-batch took (at least one), so the time between two tokens of a sequence is bounded
+    by one micro-batch, and a flood of samples can at most halve training's speed.
+    """
+
+    def __init__(self, trainer: Trainer, sampler: Sampler, sock: socket.socket, inbox: queue.SimpleQueue[ToEngine]):
+        self._trainer = trainer
+        self._sampler = sampler
+        self._socket = sock
+        self._inbox = inbox
+        self._cycles: list[RunCycle] = []
+        self._asks: dict[str, int] = {}
+        self._stopping = False
+        self._turn_started = 0.0
+
+    def serve(self) -> None:
+        """Run until told to stop."""
+        while not self._stopping or self._cycles:
+            self._take_messages(wait=not self._cycles and not self._sampler.busy)
+            if self._cycles:
+                self._run_cycle(self._cycles.pop(0))
+            elif self._sampler.busy:
+                self._step_sampler()
+
+    def _take_messages(self, wait: bool) -> None:
+        while wait or not self._inbox.empty():
+            message = self._inbox.get()
+            wait = False
+            match message:
+                case RunCycle():
+                    self._cycles.append(message)
+                case Ask():
+                    self._ask(message)
+                case Stop():
+                    self._stopping = True
+
+    def _run_cycle(self, cycle: RunCycle) -> None:
+        operations = [decode(payload, TrainOperation) for payload in cycle.operations]
+        self._turn_started = time.monotonic()
+        results = self._trainer.run(operations, between=self._sampling_turn)
+        self._send(CycleDone(cycle.cycle_id, tuple(results)))
+
+    def _sampling_turn(self) -> None:
+        started = time.monotonic()
+        share = started - self._turn_started
+        self._take_messages(wait=False)
+        while self._sampler.busy:
+            self._step_sampler()
+            self._take_messages(wait=False)
+            if time.monotonic() - started >= share:
+                break
+        self._turn_started = time.monotonic()
+
+    def _step_sampler(self) -> None:
+        for request_id, result in self._sampler.step():
+            self._send(Answer(self._asks.pop(request_id), result))
+
+    def _ask(self, ask: Ask) -> None:
+        operation = decode(ask.operation, SampleOperation)
+        match operation:
+            case Sample():
+                self._asks[operation.request_id] = ask.ask_id
+                self._sampler.submit(operation)
+            case OpenSampler():
+                self._send(Answer(ask.ask_id, self._sampler.open(operation)))
+            case CloseSampler():
+                self._send(Answer(ask.ask_id, self._sampler.close(operation)))
+            case CancelSample():
+                self._send(Answer(ask.ask_id, self._sampler.cancel(operation)))
+
+    def _send(self, message: CycleDone | Answer) -> None:
+        self._socket.sendall(frame(message))
+
+
+def _listen(sock: socket.socket, inbox: queue.SimpleQueue[ToEngine]) -> None:
+    """Move messages from the socket to the computing thread; end the process when the control process is gone."""
+    while (message := receive(sock)) is not None:
+        inbox.put(message)
+    os._exit(0)
+
+
+def _load(options: EngineOptions, sock: socket.socket) -> tuple[Trainer, Sampler]:
+    """Bring up the torch engine. Imported here: nothing before this needs torch, which takes seconds to load."""
+
+    def progress(fraction: float, text: str) -> None:
+        sock.sendall(frame(Progress(fraction, text)))
+
+    progress(0.0, "loading torch")
+    from tinkercloud.engine.torch.model import BaseModel
+    from tinkercloud.engine.torch.sampler import TorchSampler
+    from tinkercloud.engine.torch.trainer import TorchTrainer
+
+    model = BaseModel.load(options, progress)
+    return TorchTrainer(model, options), TorchSampler(model, options)
+
+
+def main(fd: int) -> None:
+    """Serve the control process at the other end of an inherited socket."""
+    logging.basicConfig(level=os.environ.get("TINKERCLOUD_LOG_LEVEL", "INFO"), format="%(asctime)s %(levelname)s engine %(message)s")
+    sock = socket.socket(fileno=fd)
+    start = receive(sock)
+    if not isinstance(start, Start):
+        return
+    try:
+        trainer, sampler = _load(start.options, sock)
+    except OperationError as error:
+        sock.sendall(frame(LoadFailed(str(error))))
+        return
+    inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(sock, inbox), name="listener", daemon=True).start()
+    sock.sendall(frame(Ready(trainer.info)))
+    Engine(trainer, sampler, sock, inbox).serve()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
