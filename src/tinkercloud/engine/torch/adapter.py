@@ -1,0 +1,102 @@
+"""One LoRA adapter: where its matrices lie, how they begin, and the state that training adds to them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tinkercloud.engine.torch.lora import AdapterWeights, LoraLinear, Pair
+from tinkercloud.engine.types import LoraConfig, OperationError
+
+
+class AdapterLayout:
+    """Where A and B of each adapted layer lie in a flat buffer of `size` numbers."""
+
+    def __init__(self, linears: Sequence[LoraLinear], adapted: Sequence[bool], rank: int) -> None:
+        """`adapted`: for each of the base model's `linears`, whether the adapter has matrices for it."""
+        self.rank = rank
+        self.names = [linear.name if wanted else None for linear, wanted in zip(linears, adapted, strict=True)]
+        self._shapes = [
+            (rank, linear.in_features, linear.out_features) if wanted else None
+            for linear, wanted in zip(linears, adapted, strict=True)
+        ]
+        self.size = sum(r * (fan_in + fan_out) for r, fan_in, fan_out in filter(None, self._shapes))
+
+    def views(self, flat: Tensor) -> list[Pair | None]:
+        """(A [r, in], B [out, r]) of each linear as views of a flat buffer [size], None where it is not adapted."""
+        views: list[Pair | None] = []
+        offset = 0
+        for shape in self._shapes:
+            if shape is None:
+                views.append(None)
+                continue
+            r, fan_in, fan_out = shape
+            middle, end = offset + r * fan_in, offset + r * (fan_in + fan_out)
+            views.append((flat[offset:middle].view(r, fan_in), flat[middle:end].view(fan_out, r)))
+            offset = end
+        return views
+
+    def same_as(self, other: AdapterLayout) -> bool:
+        return self.names == other.names and self._shapes == other._shapes
+
+
+def layout_of(config: LoraConfig, linears: Sequence[LoraLinear], max_rank: int) -> AdapterLayout:
+    """The layout of a fresh adapter. OperationError if the rank or the parts cannot be had."""
+    if not 1 <= config.rank <= max_rank:
+        raise OperationError(f"lora rank must be between 1 and {max_rank} for this model, not {config.rank}")
+    wanted = {"attn": config.train_attn, "mlp": config.train_mlp, "unembed": config.train_unembed}
+    if not any(wanted.values()):
+        raise OperationError("nothing to train: set at least one of train_attn, train_mlp, train_unembed")
+    for part in ("attn", "mlp", "unembed"):
+        if wanted[part] and not any(linear.part == part for linear in linears):
+            raise OperationError(f"this base model has no {part} layers that can be adapted; set train_{part} to false")
+    return AdapterLayout(linears, [wanted[linear.part] for linear in linears], config.rank)
+
+
+class Adapter:
+    """An adapter in training. Parameters, gradient and moments are flat float32 buffers of one layout.
+
+    `gradient` is None while nothing has been accumulated, the moments are None before the first step.
+    """
+
+    def __init__(self, config: LoraConfig, layout: AdapterLayout, parameters: Tensor, dtype: torch.dtype) -> None:
+        """`parameters` float32 [layout.size]; `dtype` is the base model's, in which forward passes use them."""
+        self.config, self.layout, self.parameters = config, layout, parameters
+        self.gradient: Tensor | None = None
+        self.first_moment: Tensor | None = None
+        self.second_moment: Tensor | None = None
+        self.steps = 0
+        self._compute = parameters if dtype == parameters.dtype else parameters.to(dtype)
+        self.weights = AdapterWeights(layout.views(self._compute), config.alpha / config.rank)
+
+    @classmethod
+    def fresh(cls, config: LoraConfig, layout: AdapterLayout, device: torch.device, dtype: torch.dtype) -> Adapter:
+        """A uniform in ±1/sqrt(in) (Kaiming with a = sqrt(5), as PEFT), B zero, from the config's seed alone."""
+        parameters = torch.zeros(layout.size)
+        generator = torch.Generator().manual_seed(config.seed % 2**63)
+        for pair in layout.views(parameters):
+            if pair is not None:
+                a = pair[0]
+                bound = 1 / math.sqrt(a.shape[1])
+                a.uniform_(-bound, bound, generator=generator)
+        return cls(config, layout, parameters.to(device), dtype)
+
+    def parameters_changed(self) -> None:
+        """Bring `weights` up to date after `parameters` was written to."""
+        if self._compute is not self.parameters:
+            self._compute.copy_(self.parameters)
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Accumulate a flat gradient, which is the adapter's from then on."""
+        if self.gradient is None:
+            self.gradient = gradient
+        else:
+            self.gradient.add_(gradient)
+
+
+def frozen_weights(layout: AdapterLayout, parameters: Tensor, scale: float, dtype: torch.dtype) -> AdapterWeights:
+    """A sampler's own copy of flat `parameters`: nothing that happens to them later shows in it."""
+    return AdapterWeights(layout.views(parameters.detach().to(dtype, copy=True)), scale)

@@ -1,0 +1,149 @@
+"""How tokens see each other: the one thing that training and sampling do differently in the same modules.
+
+Every attention layer of a base model calls `attend`, which hands its queries, keys and values to the `Attention` of the
+current pass. `PackedAttention` is training's; a sampler brings its own, over a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from tinkercloud.engine.types import OperationError
+
+IMPLEMENTATION = "tinkercloud"
+"""The name under which transformers' models find `attend`. No mask function is registered for it, so they build none."""
+
+
+class Attention(Protocol):
+    """Attention over the rows of one pass, whose tokens all lie in one sequence dimension."""
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """query [1, Hq, T, D], key and value [1, Hkv, T, D] (rotated already) to the output [1, T, Hq, D].
+
+        With a sliding window of w a token sees itself and the w - 1 tokens before it. `softcap` c replaces each score s
+        by c * tanh(s / c).
+        """
+        ...
+
+
+class CurrentAttention:
+    """The attention of the pass that is running, seen by all layers of one base model."""
+
+    __slots__ = ("attention",)
+
+    def __init__(self) -> None:
+        self.attention: Attention | None = None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: delegate to the pass's `Attention`."""
+    if s_aux is not None or position_bias is not None:
+        raise OperationError("models with attention sinks or position biases are not supported")
+    attention = module.current.attention
+    output = attention(
+        module.layer_idx,
+        query,
+        key,
+        value,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+    return output, None
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, mask: Tensor | None, softcap: float | None = None
+) -> Tensor:
+    """Attention of [n, Hq, L, D] over [n, Hkv, S, D] as [n, Hq, L, D]; causal (L = S) if `mask` is None.
+
+    `mask` is boolean, broadcast to [n, Hq, L, S], True where a query sees a key.
+    """
+    if softcap is None:
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scaling / softcap))
+    scores = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    return scores.to(value.dtype) @ value
+
+
+class PackedAttention:
+    """Causal attention within each of several sequences that lie back to back, never across them.
+
+    Neighbours of the same length run as one batch, each sequence with the same result as alone.
+    """
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        """`lengths`: tokens of each sequence, in order; they add up to the pass's tokens."""
+        self.runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+        self.rows = [length * count for length, count in self.runs]
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        # One split each, not slices: a slice's backward writes a whole zero tensor.
+        parts = [part[0].transpose(0, 1).split(self.rows) for part in (query, key, value)]
+        outputs = []
+        for (length, count), *run in zip(self.runs, *parts, strict=True):
+            q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in run)
+            mask = _band(length, sliding_window, q.device) if sliding_window and length > sliding_window else None
+            output = dense_attention(q, k, v, scaling=scaling, mask=mask, softcap=softcap)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """Boolean [length, length]: a token sees itself and the `window` - 1 tokens before it."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device)
+    return seen.tril().triu(1 - window)

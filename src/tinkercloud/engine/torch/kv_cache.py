@@ -1,0 +1,125 @@
+"""The sampler's memory: keys and values in fixed-size pages, shared between sequences by reference counts.
+
+Pages as in PagedAttention (Kwon et al., 2023, https://arxiv.org/abs/2309.06180): a sequence owns a list of pages, page
+i holds its tokens [16 i, 16 i + 16), and no sequence ever needs contiguous memory. Full pages of a common prompt belong
+to all the sequences that continue it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PAGE_TOKENS = 16
+"""Tokens in one page."""
+
+PAD_PAGE = 0
+"""A page of zeros that no sequence owns; pads page tables to a common length."""
+
+
+class OutOfPages(Exception):
+    """More pages were asked for than are free."""
+
+
+class LayerShape(NamedTuple):
+    """What one token takes in one layer."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def numbers(self) -> int:
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+def pages_for(tokens: int) -> int:
+    """How many pages hold that many tokens."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+class KVCache:
+    """A pool of `num_pages` pages, each of which spans all layers.
+
+    Memory is not touched before a page is first used, and the lowest free page is reused first, so on a CPU the process
+    grows with what runs, not with what is allowed.
+    """
+
+    def __init__(self, layers: Sequence[LayerShape], num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.num_pages = num_pages
+        self.layers = layers
+        self._memory = [
+            torch.empty(
+                num_pages + 1, PAGE_TOKENS, shape.kv_heads, shape.key_dim + shape.value_dim, dtype=dtype, device=device
+            )
+            for shape in layers
+        ]
+        for memory in self._memory:
+            memory[PAD_PAGE].zero_()
+        self._references = [0] * (num_pages + 1)
+        self._free = list(range(num_pages, 0, -1))
+
+    @property
+    def free(self) -> int:
+        """Pages that nothing owns."""
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        """Pages that at least one sequence owns; 0 when the sampler is idle."""
+        return self.num_pages - len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` pages of zeros. Raises `OutOfPages` and takes none if fewer are free.
+
+        Zeros, because attention reads whole pages and masks what lies past the sequence's end: masking does not remove
+        a NaN that a diverged adapter left there.
+        """
+        if count > len(self._free):
+            raise OutOfPages(f"{count} pages were asked for and {len(self._free)} of {self.num_pages} are free")
+        pages = [self._free.pop() for _ in range(count)]
+        if pages:
+            index = torch.tensor(pages, device=self._memory[0].device)
+            for memory in self._memory:
+                memory.index_fill_(0, index, 0)
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def share(self, pages: Sequence[int]) -> list[int]:
+        """One more owner for each of these pages."""
+        for page in pages:
+            self._references[page] += 1
+        return list(pages)
+
+    def release(self, pages: Sequence[int]) -> None:
+        """One owner fewer; a page without owners is free."""
+        for page in reversed(pages):
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)
+
+    def fork(self, pages: Sequence[int], tokens: int) -> list[int]:
+        """Pages for a sequence that goes on from the first `tokens` tokens of another: its full pages shared, the
+        partial last one copied. Raises `OutOfPages` and takes none if there is no page for the copy."""
+        full, rest = divmod(tokens, PAGE_TOKENS)
+        copied = self.allocate(1 if rest else 0)
+        for page in copied:
+            for memory in self._memory:
+                memory[page, :rest] = memory[pages[full], :rest]
+        return self.share(pages[:full]) + copied
+
+    def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
+        """Store keys and values [T, heads, dim] of T tokens; slot = page * PAGE_TOKENS + offset, int64 [T]."""
+        memory = self._memory[layer]
+        memory.view(-1, *memory.shape[2:]).index_copy_(0, slots, torch.cat((key, value), dim=-1))
+
+    def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, heads, P * PAGE_TOKENS, dim] of B sequences' page tables, int64 [B, P]."""
+        shape = self.layers[layer]
+        gathered = self._memory[layer].index_select(0, tables.flatten())
+        gathered = gathered.view(len(tables), -1, shape.kv_heads, shape.key_dim + shape.value_dim).transpose(1, 2)
+        return gathered[..., : shape.key_dim], gathered[..., shape.key_dim :]

@@ -1,0 +1,157 @@
+"""LoRA on frozen linear layers, many adapters in one batch: y = x W^T + b + (alpha / r) (x A^T) B^T.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021). The base product runs once over all rows;
+each adapter's part runs over the rows of its own segments. Adapter parameters are not autograd's: the backward pass adds
+dA and dB straight into the gradient of the segment's operation, segment by segment in row order, so that an operation's
+gradient has the same bits whoever shares its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+
+Pair = tuple[Tensor, Tensor]
+"""A [r, in] and B [out, r] of one linear layer."""
+
+
+class AdapterWeights(NamedTuple):
+    """What a forward pass needs of an adapter. Nothing writes to a sampler's; a trainer's optimizer updates its own."""
+
+    pairs: Sequence[Pair | None]
+    """For each of the base model's `linears`, in their order: the weights in the base model's dtype, None if the
+    adapter leaves that layer alone."""
+    scale: float
+    """alpha / r"""
+
+
+class Segment(NamedTuple):
+    """Rows of a batch that belong to one adapter."""
+
+    weights: AdapterWeights
+    start: int
+    end: int
+    gradient: Sequence[Pair | None] | None = None
+    """Where dA and dB are added (float32, laid out as `weights.pairs`); None where no gradient is wanted."""
+
+
+class LoraBatch(tuple[Segment, ...]):
+    """The segments of a batch, in row order and without overlap. Rows that none covers see the base model only."""
+
+    def slice(self, start: int, end: int) -> LoraBatch:
+        """The segments of rows [start, end), counted from `start`."""
+        return LoraBatch(
+            Segment(weights, max(first, start) - start, min(last, end) - start, gradient)
+            for weights, first, last, gradient in self
+            if first < end and last > start
+        )
+
+
+BASE_ONLY = LoraBatch()
+
+
+class CurrentLora:
+    """The adapters of the pass that is running, seen by all linear layers of one base model."""
+
+    __slots__ = ("anchor", "batch")
+
+    def __init__(self, device: torch.device) -> None:
+        self.batch = BASE_ONLY
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        """An input that needs a gradient: the first layer's own input (the frozen embedding) needs none, and autograd
+        would not visit it."""
+
+
+class LoraLinear(nn.Module):
+    """A frozen `nn.Linear` that adds the current batch's adapters to its output."""
+
+    def __init__(self, base: nn.Linear, index: int, name: str, part: str, current: CurrentLora) -> None:
+        """`index` is its place among the base model's `linears`, `name` its module path, `part` attn, mlp or unembed."""
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.index, self.name, self.part, self.current = index, name, part, current
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = self.current.batch
+        if not batch:
+            return linear(x, self.weight, self.bias)
+        if torch.is_grad_enabled():
+            return _LoraProduct.apply(x, self.current.anchor, self, batch)
+        output = linear(x, self.weight, self.bias)
+        add_lora(self.index, batch, x.reshape(-1, self.in_features), output.view(-1, self.out_features))
+        return output
+
+
+def add_lora(index: int, batch: LoraBatch, x: Tensor, output: Tensor) -> list[Tensor | None]:
+    """Add scale * (x A^T) B^T of layer `index` to `output` in place; the x A^T [rows, r] of each segment."""
+    inner = []
+    for weights, start, end, _ in batch:
+        pair = weights.pairs[index]
+        if pair is None:
+            inner.append(None)
+            continue
+        a, b = pair
+        low = x[start:end] @ a.t()
+        output[start:end].addmm_(low, b.t(), alpha=weights.scale)
+        inner.append(low)
+    return inner
+
+
+def add_lora_gradients(
+    index: int, batch: LoraBatch, x: Tensor, inner: Sequence[Tensor | None], d_output: Tensor, d_input: Tensor | None
+) -> None:
+    """Add layer `index`'s dA and dB to each segment's gradient, and its part of the input's gradient to `d_input`.
+
+    x [rows, in], inner as `add_lora` returned it, d_output [rows, out], d_input [rows, in] or None if it is not wanted.
+    """
+    for (weights, start, end, gradient), low in zip(batch, inner, strict=True):
+        if low is None:
+            continue
+        a, b = weights.pairs[index]
+        d_out = d_output[start:end]
+        d_low = d_out @ b
+        if gradient is not None:
+            d_a, d_b = gradient[index]
+            _add_product(d_b, d_out.t(), low, weights.scale)
+            _add_product(d_a, d_low.t(), x[start:end], weights.scale)
+        if d_input is not None:
+            d_input[start:end].addmm_(d_low, a, alpha=weights.scale)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """total += scale * left @ right, in float32 whatever the operands are."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=scale)
+    elif left.is_cuda:
+        total.add_(torch.mm(left, right, out_dtype=total.dtype), alpha=scale)
+    else:
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=scale)
+
+
+class _LoraProduct(torch.autograd.Function):
+    """`LoraLinear` under autograd: gives the input's gradient and adds the adapters' to where their segments say."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: LoraLinear, batch: LoraBatch) -> Tensor:
+        output = linear(x, layer.weight, layer.bias)
+        rows = x.reshape(-1, layer.in_features)
+        inner = add_lora(layer.index, batch, rows, output.view(-1, layer.out_features))
+        ctx.save_for_backward(rows, *inner)
+        ctx.layer, ctx.batch, ctx.shape = layer, batch, x.shape
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, None, None, None]:
+        rows, *inner = ctx.saved_tensors
+        layer = ctx.layer
+        d_output = d_output.reshape(-1, layer.out_features)
+        d_input = d_output @ layer.weight if ctx.needs_input_grad[0] else None
+        add_lora_gradients(layer.index, ctx.batch, rows, inner, d_output, d_input)
+        return (None if d_input is None else d_input.view(ctx.shape)), None, None, None

@@ -1,0 +1,219 @@
+"""The frozen base model: any `transformers` causal language model whose tokens meet only in attention.
+
+Its linear layers are replaced by `LoraLinear`, its attention by `attention.attend`; everything else is transformers' own.
+One pass is a single row of tokens [T]: several sequences packed back to back, or one token of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from tinkercloud.engine.torch.attention import IMPLEMENTATION, Attention, CurrentAttention, PackedAttention
+from tinkercloud.engine.torch.lora import BASE_ONLY, CurrentLora, LoraBatch, LoraLinear
+from tinkercloud.engine.types import BaseModelInfo, EngineOptions, OperationError
+
+PARTS = {
+    "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+"""Linear layers that LoRA adapts, by the last part of their module path; "unembed" is the output embedding."""
+
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+"""What a base model needs of a hub repository: no pickles, no code."""
+
+Progress = Callable[[float, str], None]
+"""(fraction done, what is being done)"""
+
+
+class BaseModel:
+    """See the module's docstring. `info` says what it is, `linears` are its adaptable layers in a fixed order."""
+
+    def __init__(self, model: PreTrainedModel, info: BaseModelInfo) -> None:
+        """Takes `model` over and changes it in place. OperationError if it is not of a kind that can be packed."""
+        self.info = info
+        self.device, self.dtype = model.device, model.dtype
+        self._model = model.eval().requires_grad_(False)
+        self._current_attention = CurrentAttention()
+        self._current_lora = CurrentLora(model.device)
+        self.linears: list[LoraLinear] = []
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.current = self._current_attention
+        decoder = model.get_decoder()
+        for part, names in PARTS.items():
+            for name, module in list(model.named_modules()):
+                if name.rpartition(".")[2] in names and isinstance(module, nn.Linear):
+                    self._adapt(name, module, part)
+        unembedding = model.get_output_embeddings()
+        self._adapt(
+            next(name for name, module in model.named_modules() if module is unembedding), unembedding, "unembed"
+        )
+        self._decoder = decoder
+        self.unembedding = self.linears[-1]
+
+    def _adapt(self, name: str, module: nn.Linear, part: str) -> None:
+        layer = LoraLinear(module, len(self.linears), name, part, self._current_lora)
+        self._model.set_submodule(name, layer)
+        self.linears.append(layer)
+
+    @classmethod
+    def load(cls, options: EngineOptions, progress: Progress | None = None) -> BaseModel:
+        """Load a base model from a folder or from the hub. OperationError says what is missing or not supported."""
+        report = progress or (lambda fraction, what: None)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        report(0.0, "finding files")
+        folder = _folder_of(options)
+        config = _config_of(folder, options)
+        device = _device_of(options.device)
+        dtype = _dtype_of(options.dtype, device)
+        report(0.2, "loading weights")
+        model = _weights_of(folder, config, options, device, dtype)
+        report(0.9, "checking")
+        base = cls(model, _info_of(model, folder, options, device, dtype))
+        base._check_packing()
+        report(1.0, "ready")
+        return base
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor, attention: Attention, lora: LoraBatch) -> Tensor:
+        """Hidden states [T, H] after the final norm of tokens [T] at positions [T] (int64) of their sequences."""
+        self._current_attention.attention, self._current_lora.batch = attention, lora
+        output = self._decoder(
+            input_ids=tokens.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, return_dict=True
+        )
+        return output.last_hidden_state[0]
+
+    def logits(self, hidden: Tensor, lora: LoraBatch) -> Tensor:
+        """Logits float32 [n, V] of hidden states [n, H]; the segments of `lora` count rows of `hidden`."""
+        self._current_lora.batch = lora
+        return self.unembedding(hidden).float()
+
+    @torch.no_grad()
+    def _check_packing(self) -> None:
+        """Refuse architectures whose tokens meet elsewhere than in `attend`, or whose logits are not W h.
+
+        A second sequence in a pack must not notice the first one, and our logits must be the model's own.
+        """
+        tokens = torch.arange(24, device=self.device) * 7 % self.info.vocab_size
+        positions = torch.arange(12, device=self.device)
+        packed = self.hidden_states(tokens, positions.repeat(2), PackedAttention([12, 12]), BASE_ONLY)[12:]
+        alone = self.hidden_states(tokens[12:], positions, PackedAttention([12]), BASE_ONLY)
+        own = self._model(input_ids=tokens[None, 12:], position_ids=positions[None], use_cache=False).logits[0]
+        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
+        if _distance(packed, alone) > tolerance:
+            raise OperationError(
+                f"{self.info.architecture} is not supported: its tokens see each other outside of attention, so several "
+                "sequences cannot share a batch"
+            )
+        if _distance(self.logits(alone, BASE_ONLY), own.float()) > tolerance:
+            raise OperationError(f"{self.info.architecture} is not supported: it changes logits after the unembedding")
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    """Largest difference, relative to the largest entry."""
+    return ((left - right).abs().max() / right.abs().max().clamp_min(1e-6)).item()
+
+
+def _folder_of(options: EngineOptions) -> Path:
+    source = Path(options.source).expanduser()
+    if source.is_dir():
+        folder = source.resolve()
+    elif source.is_absolute() or options.source.startswith((".", "~")) or options.source.count("/") > 1:
+        raise OperationError(f"model {options.name}: there is no folder {options.source}")
+    else:
+        patterns = [*FILES, "*.py"] if options.trust_remote_code else FILES
+        try:
+            folder = Path(snapshot_download(options.source, allow_patterns=patterns))
+        except Exception as error:
+            raise OperationError(
+                f"model {options.name}: {options.source} is neither a folder nor a model that the hub gives: {error}"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise OperationError(f"model {options.name}: {folder} has no config.json, so it is not a transformers model")
+    if not any(folder.glob("*.safetensors")):
+        raise OperationError(f"model {options.name}: {folder} has no *.safetensors file; other formats are not loaded")
+    return folder
+
+
+def _config_of(folder: Path, options: EngineOptions) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise OperationError(f"model {options.name}: transformers does not know this model: {error}") from error
+    own = getattr(config, "max_position_embeddings", None) or 0
+    if options.max_context > own > 0:
+        raise OperationError(f"model {options.name}: max_context {options.max_context} is above the model's own {own}")
+    return config
+
+
+def _device_of(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OperationError(f"device {name!r} cannot be used: {error}") from error
+    return device
+
+
+def _dtype_of(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise OperationError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
+    return dtype
+
+
+def _weights_of(
+    folder: Path, config: PreTrainedConfig, options: EngineOptions, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=IMPLEMENTATION,
+            use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise OperationError(f"model {options.name} cannot be loaded as a causal language model: {error}") from error
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise OperationError(f"model {options.name}: {type(model).__name__} has no linear unembedding")
+    return model.to(device)
+
+
+def _info_of(
+    model: PreTrainedModel, folder: Path, options: EngineOptions, device: torch.device, dtype: torch.dtype
+) -> BaseModelInfo:
+    config = model.config.get_text_config()
+    architectures = model.config.architectures or [type(model).__name__]
+    return BaseModelInfo(
+        name=options.name,
+        folder=str(folder),
+        architecture=architectures[0],
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        max_context=options.max_context or config.max_position_embeddings,
+        max_rank=options.max_rank,
+        eos_tokens=_eos_tokens_of(folder, config),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def _eos_tokens_of(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
+    """generation_config.json's end-of-sequence ids, then the config's, without repeats."""
+    found = [config.eos_token_id]
+    if (folder / "generation_config.json").is_file():
+        found.insert(0, GenerationConfig.from_pretrained(folder).eos_token_id)
+    ids = [token for entry in found for token in (entry if isinstance(entry, list) else [entry]) if token is not None]
+    return tuple(dict.fromkeys(ids))

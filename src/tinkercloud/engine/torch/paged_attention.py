@@ -1,0 +1,143 @@
+"""Attention of one sampling step: every sequence's new tokens over all its tokens, through the paged cache.
+
+Sequences that add one token (decoding) are attended in a few batches of similar length, so that a short one does not
+pay for a long one; sequences that add more (prefill) one by one. Each row's numbers depend on its own sequence alone:
+`scaled_dot_product_attention` gives the same bits for any batch and any masked padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tinkercloud.engine.torch.kv_cache import PAD_PAGE, PAGE_TOKENS, KVCache, pages_for
+
+
+class CacheRows(NamedTuple):
+    """The rows of one sequence in a step, in the batch's order of rows."""
+
+    pages: Sequence[int]
+    """At least enough for start + count tokens."""
+    start: int
+    """Tokens that are in the cache already."""
+    count: int
+    """Tokens that this step adds, >= 1."""
+
+
+class _Block(NamedTuple):
+    """Sequences that are attended together: all of the same `count`."""
+
+    rows: Tensor
+    """int64 [B * count], into the step's rows."""
+    tables: Tensor
+    """int64 [B, P]"""
+    positions: Tensor
+    """int64 [B, count]: of the queries."""
+
+
+class PagedAttention:
+    """The attention of one step, called by the model once per layer. Writes the new keys and values first."""
+
+    def __init__(self, cache: KVCache, step: Sequence[CacheRows], device: torch.device) -> None:
+        self._cache = cache
+        self._device = device
+        slots: list[int] = []
+        decoding: dict[int, list[tuple[int, CacheRows]]] = {}
+        self._blocks: list[_Block] = []
+        for sequence in step:
+            first = len(slots)
+            slots += [
+                sequence.pages[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
+                for position in range(sequence.start, sequence.start + sequence.count)
+            ]
+            if sequence.count == 1:
+                bucket = (pages_for(sequence.start + 1) - 1).bit_length()
+                decoding.setdefault(bucket, []).append((first, sequence))
+            else:
+                self._blocks.append(self._block([(first, sequence)]))
+        self._blocks += [self._block(members) for members in decoding.values()]
+        self._slots = self._tensor(slots)
+        self._in_order = len(self._blocks) == 1
+        self._masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
+
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+    def _block(self, members: Sequence[tuple[int, CacheRows]]) -> _Block:
+        used = [pages_for(sequence.start + sequence.count) for _, sequence in members]
+        width = max(used)
+        return _Block(
+            rows=self._tensor([first + i for first, sequence in members for i in range(sequence.count)]),
+            tables=self._tensor(
+                [
+                    [*sequence.pages[:pages], *[PAD_PAGE] * (width - pages)]
+                    for (_, sequence), pages in zip(members, used, strict=True)
+                ]
+            ),
+            positions=self._tensor(
+                [list(range(sequence.start, sequence.start + sequence.count)) for _, sequence in members]
+            ),
+        )
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None = None,
+    ) -> Tensor:
+        """Attend the step's T rows: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, Dv]."""
+        self._cache.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+        rows = query[0].transpose(0, 1)
+        if self._in_order:
+            return self._attend(layer, 0, rows, scaling, sliding_window)[None]
+        output = rows.new_empty(*rows.shape[:2], value.shape[-1])
+        for index, block in enumerate(self._blocks):
+            output.index_copy_(
+                0, block.rows, self._attend(layer, index, rows.index_select(0, block.rows), scaling, sliding_window)
+            )
+        return output[None]
+
+    def _attend(self, layer: int, index: int, query: Tensor, scaling: float, window: int | None) -> Tensor:
+        """Attend the queries [B * count, Hq, D] of one block.
+
+        The query heads that share a key head become further queries of it, so nothing is repeated for grouped-query
+        attention.
+        """
+        block = self._blocks[index]
+        keys, values = self._cache.read(layer, block.tables)
+        batch, count = block.positions.shape
+        kv_heads = keys.shape[1]
+        group = query.shape[1] // kv_heads
+        grouped = query.view(batch, count, kv_heads, group, -1).permute(0, 2, 3, 1, 4)
+        attended = scaled_dot_product_attention(
+            grouped.reshape(batch, kv_heads, group * count, -1),
+            keys,
+            values,
+            attn_mask=self._mask(index, group, window, query.dtype),
+            scale=scaling,
+        )
+        attended = attended.view(batch, kv_heads, group, count, -1).permute(0, 3, 1, 2, 4)
+        return attended.reshape(batch * count, kv_heads * group, -1)
+
+    def _mask(self, index: int, group: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """0 where a query may look and -inf elsewhere, [B, 1, group * count, keys]; made once for all layers."""
+        mask = self._masks.get((index, group, window, dtype))
+        if mask is None:
+            block = self._blocks[index]
+            positions = block.positions[:, None, :, None]
+            keys = torch.arange(block.tables.shape[1] * PAGE_TOKENS, device=self._device)
+            hidden = keys > positions
+            if window is not None:
+                hidden |= keys <= positions - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=self._device).masked_fill_(hidden, float("-inf"))
+            mask = mask.repeat(1, 1, group, 1)
+            self._masks[index, group, window, dtype] = mask
+        return mask

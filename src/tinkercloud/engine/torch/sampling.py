@@ -1,0 +1,126 @@
+"""Drawing the next token of many sequences at once, each with its own temperature, top-k, top-p and random stream.
+
+A draw inverts the cumulative distribution at one uniform number, so a sequence uses exactly one number per token and
+its stream depends on (seed, sample index, position) and on nothing else: not on the batch it is in, and not on whether
+it was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinkercloud.engine.types import OperationError, SamplingParams, TopLogprobs
+
+NO_LOGPROB = -99999.0
+"""In `TopLogprobs`, where a position has no distribution (SDK `SampleResponse`)."""
+
+_SMALLEST_TEMPERATURE = float(torch.finfo(torch.float32).tiny)
+"""Dividing float32 by less would divide by zero; the distribution is a single point long before."""
+
+
+def random_stream(seed: int, sample_index: int) -> np.random.Generator:
+    """The uniform numbers of one sequence: number i, in [0, 1), draws its token i.
+
+    Philox is counter-based (Salmon et al., 2011): streams of different keys are independent, and one costs 200 bytes.
+    """
+    return np.random.Generator(np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64)))
+
+
+def check_params(params: SamplingParams) -> None:
+    """Raises `OperationError` for parameters that describe no distribution."""
+    if params.max_tokens < 1:
+        raise OperationError(f"max_tokens is {params.max_tokens}; it must be at least 1")
+    if not 0 <= params.temperature < float("inf"):
+        raise OperationError(f"temperature is {params.temperature}; it must be 0 (greedy) or a positive number")
+    if params.top_k < 1 and params.top_k != -1:
+        raise OperationError(f"top_k is {params.top_k}; it must be at least 1, or -1 for all tokens")
+    if not 0 < params.top_p <= 1:
+        raise OperationError(f"top_p is {params.top_p}; it must be above 0 and at most 1")
+    if not 0 <= params.seed < 2**64:
+        raise OperationError(f"seed is {params.seed}; it must be in [0, 2**64)")
+
+
+class Draw(NamedTuple):
+    tokens: Tensor
+    """int64 [n]"""
+    logprobs: Tensor
+    """float32 [n]: log-probability of each token at its row's temperature (greedy: 1), before top-k and top-p. NaN
+    where the logits were not finite."""
+    distribution: Tensor
+    """float32 [n, V]: the log-probabilities that `logprobs` are from."""
+
+
+def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Draw:
+    """One token for each row of `logits`, float32 [n, V], from its parameters and its number in [0, 1).
+
+    Greedy rows take the lowest of equally likely ids. `logits` may be overwritten.
+    """
+    if any(row.temperature not in (0, 1) for row in params):
+        scale = [max(row.temperature, _SMALLEST_TEMPERATURE) if row.temperature != 0 else 1.0 for row in params]
+        # Relative to the maximum, so that a tiny temperature gives -inf and 0 rather than inf - inf.
+        logits = logits.sub_(logits.amax(-1, keepdim=True))
+        logits = logits.div_(torch.tensor(scale, dtype=torch.float32, device=logits.device)[:, None])
+    distribution = logits.log_softmax(-1)
+    if all(row.temperature == 0 for row in params):
+        tokens = logits.argmax(-1)
+    else:
+        tokens = _invert(_filtered(distribution.exp(), params), uniforms)
+        greedy = [index for index, row in enumerate(params) if row.temperature == 0]
+        if greedy:
+            # Of the logits: their log-probabilities may round to a tie that is none.
+            tokens[greedy] = logits[greedy].argmax(-1)
+    return Draw(tokens, distribution.gather(-1, tokens[:, None])[:, 0], distribution)
+
+
+def _filtered(probabilities: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Zero what top-k, then top-p of what is left, rule out, in place; only rows that ask for either are sorted."""
+    vocab = probabilities.shape[-1]
+    selected = [
+        index for index, row in enumerate(params) if row.temperature != 0 and (0 < row.top_k < vocab or row.top_p < 1)
+    ]
+    if not selected:
+        return probabilities
+    device = probabilities.device
+    rows = torch.tensor(selected, device=device)
+    top_k = [min(params[index].top_k, vocab) if params[index].top_k > 0 else vocab for index in selected]
+    top_p = torch.tensor([params[index].top_p for index in selected], dtype=torch.float64, device=device)[:, None]
+    if max(top_k) < vocab:
+        values, order = probabilities[rows].topk(max(top_k), dim=-1)
+    else:
+        values, order = probabilities[rows].sort(dim=-1, descending=True, stable=True)
+    within_k = torch.arange(values.shape[-1], device=device) < torch.tensor(top_k, device=device)[:, None]
+    values = values * within_k
+    cumulative = values.cumsum(-1, dtype=torch.float64)
+    # A token is in the nucleus if those before it do not yet fill it; the most likely one always is.
+    in_nucleus = (cumulative - values) < top_p * cumulative[:, -1:]
+    probabilities[rows] = torch.zeros_like(probabilities[rows]).scatter_(-1, order, values * in_nucleus)
+    return probabilities
+
+
+def _invert(probabilities: Tensor, uniforms: Sequence[float]) -> Tensor:
+    """The first id at which the cumulative weight passes the uniform number's share of the whole, int64 [n]."""
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    share = torch.tensor(uniforms, dtype=torch.float64, device=total.device)[:, None] * total
+    # Rounding may lift the product to the whole, past which there is no id.
+    share = torch.minimum(share, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, share, right=True)[:, 0].clamp_(max=probabilities.shape[-1] - 1)
+
+
+def top_logprobs(distribution: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k most likely ids of each row and their log-probabilities, most likely first: int32 and float32 [n, k]."""
+    values, ids = distribution.topk(k, dim=-1)
+    return ids.to(torch.int32).cpu().numpy(), values.cpu().numpy()
+
+
+def without_distribution(positions: int, k: int) -> TopLogprobs:
+    """A `TopLogprobs` to fill in: id 0 and `NO_LOGPROB` everywhere."""
+    return TopLogprobs(
+        token_ids=np.zeros((positions, k), dtype=np.int32),
+        logprobs=np.full((positions, k), NO_LOGPROB, dtype=np.float32),
+    )

@@ -1,0 +1,110 @@
+"""The state of a sample: one request, and one sequence for each continuation that it asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from tinkercloud.engine.torch.adapter import AdapterWeights
+from tinkercloud.engine.torch.sampling import random_stream, without_distribution
+from tinkercloud.engine.torch.stopping import StopCondition
+from tinkercloud.engine.types import Sample, SampledSequence, SampleOutput, TopLogprobs
+
+
+@dataclass(eq=False)
+class OpenedSampler:
+    """Immutable weights to sample from."""
+
+    order: int
+    """Rows of a step are sorted by it, so that each adapter's rows are contiguous."""
+    folder: str
+    adapter: AdapterWeights | None
+    """None is the base model."""
+
+
+class Request:
+    """One `Sample` on its way."""
+
+    def __init__(self, operation: Sample, sampler: OpenedSampler, stop: StopCondition) -> None:
+        self.operation = operation
+        self.sampler = sampler
+        self.stop = stop
+        self.prompt: list[int] = operation.prompt.tolist()
+        self.sequences = [Sequence(self, index) for index in range(operation.num_samples)]
+        self.prompt_scored = not (operation.prompt_logprobs or operation.topk_prompt_logprobs)
+        """Whether the prompt's log-probabilities are complete, or were not asked for."""
+        self.prompt_logprobs = np.full(len(self.prompt), np.nan, dtype=np.float32)
+        self.prompt_top = without_distribution(len(self.prompt), operation.topk_prompt_logprobs)
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.stop_reason is not None for sequence in self.sequences)
+
+    def output(self) -> SampleOutput:
+        """The result, once finished."""
+        return SampleOutput(
+            sequences=tuple(sequence.output() for sequence in self.sequences),
+            prompt_logprobs=self.prompt_logprobs if self.operation.prompt_logprobs else None,
+            prompt_top_logprobs=self.prompt_top if self.operation.topk_prompt_logprobs else None,
+        )
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One continuation of a request's prompt. `cached` tokens of prompt + generated have their keys and values in
+    `pages`; the rest are still to be run through the model."""
+
+    request: Request
+    index: int
+    generated: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0
+    stop_reason: Literal["stop", "length"] | None = None
+
+    def __post_init__(self) -> None:
+        self.random = random_stream(self.request.operation.params.seed, self.index)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt) + len(self.generated)
+
+    @property
+    def holds_prompt(self) -> bool:
+        """Whether a sibling can go on from this sequence's pages."""
+        return self.cached >= len(self.request.prompt)
+
+    def next_tokens(self, count: int) -> list[int]:
+        """The first `count` tokens that are not cached."""
+        start = self.cached - len(self.request.prompt)
+        if start >= 0:
+            return self.generated[start : start + count]
+        return self.request.prompt[self.cached : self.cached + count] + self.generated[: max(0, start + count)]
+
+    def append(self, token: int, logprob: float, top: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """Take a drawn token, and find out whether it was the last one."""
+        self.generated.append(token)
+        self.logprobs.append(logprob)
+        if top is not None:
+            self.top.append(top)
+        if self.request.stop.reached(self.generated):
+            self.stop_reason = "stop"
+        elif len(self.generated) == self.request.operation.params.max_tokens:
+            self.stop_reason = "length"
+
+    def output(self) -> SampledSequence:
+        """The result, once `stop_reason` is known."""
+        assert self.stop_reason is not None
+        top = None
+        if self.top:
+            ids, logprobs = zip(*self.top, strict=True)
+            top = TopLogprobs(token_ids=np.stack(ids), logprobs=np.stack(logprobs))
+        return SampledSequence(
+            tokens=np.array(self.generated, dtype=np.int32),
+            logprobs=np.array(self.logprobs, dtype=np.float32),
+            stop_reason=self.stop_reason,
+            top_logprobs=top,
+        )

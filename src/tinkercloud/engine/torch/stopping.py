@@ -1,0 +1,77 @@
+"""When a sequence ends: at a stop token, at a stop string, or at its length.
+
+Stop strings are looked for in the text of the last few tokens only, so a token costs the same however long the sequence
+is. A string of n bytes lies within the last n tokens, because a token that is text is at least one byte of it; a few
+more tokens to the left make sure that a character cut by the window's edge lies outside of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinkercloud.engine.types import OperationError, SamplingParams
+
+Decode = Callable[[Sequence[int]], str]
+"""Token ids to text, special tokens included; incomplete characters become U+FFFD."""
+
+WINDOW_MARGIN = 4
+"""Tokens decoded before those that can hold the stop string: the most bytes of one UTF-8 character."""
+
+
+class StopCondition:
+    """The stop tokens and strings of one request. Has no state: one serves all samples of the request."""
+
+    def __init__(self, tokens: Sequence[int], strings: Sequence[str], decode: Decode | None) -> None:
+        self._tokens = frozenset(tokens)
+        self._strings = tuple(strings)
+        self._decode = decode
+        self._window = max((len(string.encode()) for string in strings), default=0) + WINDOW_MARGIN
+
+    def reached(self, generated: Sequence[int]) -> bool:
+        """Whether the newest of the generated tokens ends the sequence: it is a stop token, or its text completes a
+        stop string (which may have begun in earlier generated tokens, never in the prompt)."""
+        if generated[-1] in self._tokens:
+            return True
+        if not self._strings or self._decode is None:
+            return False
+        text = self._decode(generated[-self._window :])
+        return any(string in text for string in self._strings)
+
+
+class Tokenizer:
+    """The base model's own tokenizer, loaded when a request first has stop strings."""
+
+    def __init__(self, folder: str, trust_remote_code: bool = False) -> None:
+        self._folder = folder
+        self._trust_remote_code = trust_remote_code
+        self._tokenizer: Any = None
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of the tokens, special tokens included, nothing cleaned up."""
+        return self._load().decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def stop_condition(self, params: SamplingParams) -> StopCondition:
+        """Raises `OperationError` for stop strings without a tokenizer to find them with, or empty ones."""
+        if "" in params.stop_strings:
+            raise OperationError("an empty stop string would end every sequence; leave it out to have none")
+        if not params.stop_strings:
+            return StopCondition(params.stop_tokens, (), None)
+        self._load()
+        return StopCondition(params.stop_tokens, params.stop_strings, self.decode)
+
+    def _load(self) -> Any:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    self._folder, local_files_only=True, trust_remote_code=self._trust_remote_code
+                )
+            except (OSError, ValueError) as error:
+                raise OperationError(
+                    f"stop strings need the model's tokenizer, and {Path(self._folder).name!r} has none that loads "
+                    f"({error}); use stop token ids instead"
+                ) from error
+        return self._tokenizer

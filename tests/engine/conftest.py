@@ -1,0 +1,79 @@
+"""Tiny random base models of several families, made once per test run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+
+from tinkercloud.engine.torch.model import BaseModel
+from tinkercloud.engine.types import EngineOptions
+
+VOCAB = 96
+
+_SHAPE = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=None,
+    eos_token_id=1,
+    initializer_range=0.2,
+)
+
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "qwen3": Qwen3Config(**_SHAPE, head_dim=16, tie_word_embeddings=True),
+    "qwen3-untied": Qwen3Config(**_SHAPE, head_dim=16, tie_word_embeddings=False),
+    "llama": LlamaConfig(**_SHAPE, tie_word_embeddings=False),
+    "llama-tied": LlamaConfig(**_SHAPE, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**_SHAPE, tie_word_embeddings=True),
+}
+"""All with grouped-query attention; Qwen2 with biases."""
+
+
+def save_model(family: str, folder: Path) -> Path:
+    """Write a random model of a family to `folder`, the same one every time."""
+    torch.manual_seed(1234)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "norm.weight")):
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """family -> folder of its saved model."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in folders:
+            folders[family] = save_model(family, tmp_path_factory.mktemp("models") / family)
+        return folders[family]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def base_model(model_folder):
+    """family -> its `BaseModel` in float32 on the CPU, shared by all tests (it is frozen)."""
+    models: dict[str, BaseModel] = {}
+
+    def model_of(family: str) -> BaseModel:
+        if family not in models:
+            folder = str(model_folder(family))
+            models[family] = BaseModel.load(EngineOptions(name=family, source=folder, device="cpu", max_rank=32))
+        return models[family]
+
+    return model_of
+
+
+@pytest.fixture(params=["qwen3", "llama", "qwen2"])
+def family(request) -> str:
+    return request.param
