@@ -134,6 +134,18 @@ class Settings(PerModel, BaseSettings):
     gap_timeout_seconds: float = Field(
         360, gt=0, description="How long operations wait for a missing earlier one; the SDK retries for 300 s."
     )
+    cycle_tokens: int = Field(
+        16384, gt=0, description="Training tokens of different clients that are run together in one cycle."
+    )
+    snapshot_operations: int = Field(
+        64, gt=0, description="Operations of a training run between two snapshots of its state; fewer restart faster."
+    )
+    open_samplers: int = Field(
+        64, gt=0, description="Samplers whose weights stay in an engine's memory; others are read again when used."
+    )
+    max_pending_samples: int = Field(
+        20000, gt=0, description="Samples that may wait for one base model; beyond, clients are told to wait (429)."
+    )
 
     @field_validator("host")
     @classmethod

@@ -4,38 +4,44 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 
 class Arrivals:
     """Wake-ups by key. Carries no results: who is woken reads the ledger."""
 
     def __init__(self) -> None:
-        self._waiting: defaultdict[str, set[asyncio.Future[None]]] = defaultdict(set)
-        self._closed = False
+        self._listening: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self.closed = False
+
+    @contextmanager
+    def listen(self, key: str) -> Iterator[asyncio.Event]:
+        """An event that is set at the next announcement of the key. Look at the ledger after entering, then wait."""
+        event = asyncio.Event()
+        if self.closed:
+            event.set()
+        self._listening[key].add(event)
+        try:
+            yield event
+        finally:
+            self._listening[key].discard(event)
+            if not self._listening[key]:
+                del self._listening[key]
 
     def announce(self, *keys: str) -> None:
-        """Wake everyone who waits for one of the keys."""
+        """Wake everyone who listens to one of the keys."""
         for key in keys:
-            for future in self._waiting.pop(key, ()):
-                if not future.done():
-                    future.set_result(None)
-
-    async def wait(self, key: str, timeout: float) -> None:
-        """Return at the next announcement of the key, after `timeout` seconds, or when the server stops."""
-        if self._closed or timeout <= 0:
-            return
-        future = asyncio.get_running_loop().create_future()
-        self._waiting[key].add(future)
-        try:
-            await asyncio.wait((future,), timeout=timeout)
-        finally:
-            waiters = self._waiting.get(key)
-            if waiters is not None:
-                waiters.discard(future)
-                if not waiters:
-                    del self._waiting[key]
+            for event in self._listening.get(key, ()):
+                event.set()
 
     def close(self) -> None:
         """Release everyone: the server is stopping, its clients will ask again."""
-        self._closed = True
-        self.announce(*list(self._waiting))
+        self.closed = True
+        self.announce(*self._listening)
+
+
+async def within(event: asyncio.Event, seconds: float) -> None:
+    """Wait for an event, but not longer than this."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), max(0.0, seconds))

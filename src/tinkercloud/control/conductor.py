@@ -8,12 +8,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tinkercloud.codec import decode, encode
+from tinkercloud.codec import encode
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import ServedModel
-from tinkercloud.control.outcomes import Details, SaveDetails, conclude
+from tinkercloud.control.outcomes import SaveDetails, conclude, details_of
 from tinkercloud.control.folders import checkpoint_path
 from tinkercloud.control.training_run import ReplayError, TrainingRun
 from tinkercloud.engine.types import ClearGradients, DropModel, Failure, Result
@@ -78,12 +78,16 @@ class Conductor:
                     except EngineDied:
                         return
 
+    async def park_all(self) -> None:
+        """Put every run on disk, after the running cycle."""
+        await self.park(list(self._runs))
+
     async def stop(self) -> None:
         """Finish the running cycle, then snapshot every run whose state is only in the engine."""
         async with self._between_cycles:
             self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        await self.park(list(self._runs))
+        await self.park_all()
 
     @property
     def busy(self) -> bool:
@@ -168,7 +172,7 @@ class Conductor:
                 "gradient is incomplete and was cleared; send the batch again",
                 "user",
             )
-        details = decode(entry.details, Details)
+        details = details_of(entry)
         if isinstance(details, SaveDetails) and not details.overwrite:
             path = checkpoint_path(run.model_id, details.kind, details.name)
             if await self._ledger.checkpoint(path) is not None:
@@ -180,7 +184,7 @@ class Conductor:
     async def _end(self, run: TrainingRun, result: Result) -> None:
         """Store what an operation gave, then let the next one and its client go on."""
         entry = _next(run)
-        outcome, records = conclude(entry, run.record, decode(entry.details, Details), result)
+        outcome, records = conclude(entry, run.record, result)
         await self._ledger.complete(entry.request_id, encode(outcome), failed=isinstance(outcome, Failure), also=records)
         run.order.ended(entry)
         run.unsaved_operations += 1

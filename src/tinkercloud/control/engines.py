@@ -60,6 +60,16 @@ class ServedModel:
                 raise Unavailable(f"base model {self.name} cannot be served: {self.state}")
             return self._handle
 
+    @property
+    def idle(self) -> bool:
+        """A lazy model that is loaded and was not used for its idle time."""
+        return self.lazy and self.state == "ready" and time.monotonic() - self.last_used > self.idle_seconds
+
+    async def settled(self) -> None:
+        """Wait until the model is ready or has failed for good."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.state == "ready" or self.state.startswith("failed"))
+
     async def loaded(self) -> BaseModelInfo:
         """What is known of the model, loading it if that is not yet known."""
         if self.info is None:

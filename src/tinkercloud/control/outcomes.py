@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from tinkercloud.control.folders import CheckpointKind, checkpoint_folder, checkpoint_path, sampler_folder
@@ -22,7 +24,7 @@ from tinkercloud.ledger.records import (
 )
 
 
-class SaveDetails(Struct, frozen=True):
+class SaveDetails(Struct, frozen=True, tag=True):
     """What an entry of kind save_weights or save_weights_for_sampler remembers beside its payload."""
 
     name: str
@@ -32,30 +34,40 @@ class SaveDetails(Struct, frozen=True):
     user_metadata: dict[str, str] | None = None
 
 
-class SamplerDetails(Struct, frozen=True):
+class SamplerDetails(Struct, frozen=True, tag=True):
     """What an entry that makes an ephemeral sampler remembers."""
 
     sampler_id: str
 
 
-class LoadDetails(Struct, frozen=True):
+class LoadDetails(Struct, frozen=True, tag=True):
     """What an entry of kind load_weights remembers."""
 
     path: str
 
 
-Details = SaveDetails | SamplerDetails | LoadDetails | None
+Details = SaveDetails | SamplerDetails | LoadDetails
 
 
-def conclude(entry: Entry, model: ModelRecord, details: Details, result: Result) -> tuple[Outcome, list]:
+def remember(details: Details) -> dict[str, Any]:
+    """The form in which an entry keeps its details."""
+    return msgspec.to_builtins(details)
+
+
+def details_of(entry: Entry) -> Details | None:
+    """The details that an entry was accepted with, None if its kind has none."""
+    return msgspec.convert(entry.details, Details) if entry.details else None
+
+
+def conclude(entry: Entry, model: ModelRecord, result: Result) -> tuple[Outcome, list]:
     """(the future's value, records to store together with it) for an operation of a training model."""
     now = time.time()
-    match entry.kind, result, details:
+    match entry.kind, result, details_of(entry):
         case _, Failure(), _:
             return result, []
         case "create_model", _, _:
             return ModelCreated(model.model_id), []
-        case ("save_weights" | "save_weights_for_sampler"), SaveOutput(), SaveDetails():
+        case ("save_weights" | "save_weights_for_sampler"), SaveOutput(), SaveDetails() as details:
             checkpoint = CheckpointRecord(
                 path=checkpoint_path(model.model_id, details.kind, details.name),
                 model_id=model.model_id,
@@ -72,7 +84,7 @@ def conclude(entry: Entry, model: ModelRecord, details: Details, result: Result)
             )
             saved = WeightsSaved if details.kind == "training" else SamplerSaved
             return saved(path=checkpoint.path), [checkpoint]
-        case "save_weights_for_sampler", SaveOutput(), SamplerDetails():
+        case "save_weights_for_sampler", SaveOutput(), SamplerDetails() as details:
             sampler = SamplerRecord(
                 sampler_id=details.sampler_id,
                 session_id=model.session_id,
@@ -83,7 +95,7 @@ def conclude(entry: Entry, model: ModelRecord, details: Details, result: Result)
                 created_at=now,
             )
             return SamplerSaved(sampling_session_id=details.sampler_id), [sampler]
-        case "load_weights", LoadOutput(), LoadDetails():
+        case "load_weights", LoadOutput(), LoadDetails() as details:
             return WeightsLoaded(path=details.path, model_id=model.model_id), []
         case "unload_model", _, _:
             return ModelUnloaded(model.model_id), []

@@ -1,0 +1,111 @@
+"""The control process: builds every room, serves HTTP until it is told to stop, and leaves a state that starts again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import sys
+from collections.abc import Callable
+
+# The SDK's package imports torch when it finds it: 3 s and hundreds of MB that this process has no use for.
+sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+import uvicorn
+
+from tinkercloud.api.app import create_app
+from tinkercloud.config import Settings
+from tinkercloud.control.engines import OnProgress
+from tinkercloud.control.housekeeping import keep_house
+from tinkercloud.control.service import Service
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 10
+"""How long open requests may take to end once the server is stopping."""
+
+
+class StartError(Exception):
+    """The server cannot serve what it was asked to; the text says why."""
+
+
+def run(
+    settings: Settings,
+    on_progress: OnProgress = lambda model, fraction, text: None,
+    on_listening: Callable[[str], None] = lambda url: None,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGTERM or Ctrl-C. Returns when everything is on disk and every engine has ended.
+
+    `on_listening` gets the URL, before the base models are loaded; `on_ready` is called once when they all are.
+    Raises StartError if a base model cannot be loaded, OSError if the port is taken.
+    """
+    asyncio.run(_serve(settings, on_progress, on_listening, on_ready))
+
+
+class _Server(uvicorn.Server):
+    """Releases the held polls as soon as the signal comes, so that a stop does not wait for them."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig, frame) -> None:
+        asyncio.get_running_loop().call_soon_threadsafe(self._service.release)
+        super().handle_exit(sig, frame)
+
+
+async def _serve(
+    settings: Settings, on_progress: OnProgress, on_listening: Callable[[str], None], on_ready: Callable[[], None]
+) -> None:
+    listener = _bind(settings)
+    service = await Service.start(settings, on_progress)
+    config = uvicorn.Config(
+        create_app(service, settings),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    server = _Server(config, service)
+    background = [
+        asyncio.create_task(keep_house(service), name="housekeeping"),
+        asyncio.create_task(_announce_ready(service, server, on_ready), name="readiness"),
+    ]
+    host, port = listener.getsockname()[:2]
+    on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    try:
+        await server.serve(sockets=[listener])
+    finally:
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        failed = service.load_failures()
+        await service.stop()
+    if failed:
+        raise StartError("; ".join(failed))
+
+
+def _bind(settings: Settings) -> socket.socket:
+    """The listening socket, bound before anything is loaded: a port that is taken is known at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+async def _announce_ready(service: Service, server: uvicorn.Server, on_ready: Callable[[], None]) -> None:
+    """Tell when all preloaded models are there; end the server when one of them never will be."""
+    with contextlib.suppress(asyncio.CancelledError):
+        await service.preloaded()
+        if service.load_failures():
+            server.should_exit = True
+        else:
+            on_ready()
