@@ -7,7 +7,7 @@ to all the sequences that continue it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,16 +48,19 @@ class KVCache:
     grows with what runs, not with what is allowed.
     """
 
-    def __init__(self, layers: Sequence[LayerShape], num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layers: Mapping[int, LayerShape], num_pages: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.num_pages = num_pages
         self.layers = layers
-        self._memory = [
-            torch.empty(
+        self._device = device
+        self._memory = {
+            layer: torch.empty(
                 num_pages + 1, PAGE_TOKENS, shape.kv_heads, shape.key_dim + shape.value_dim, dtype=dtype, device=device
             )
-            for shape in layers
-        ]
-        for memory in self._memory:
+            for layer, shape in layers.items()
+        }
+        for memory in self._memory.values():
             memory[PAD_PAGE].zero_()
         self._references = [0] * (num_pages + 1)
         self._free = list(range(num_pages, 0, -1))
@@ -82,8 +85,8 @@ class KVCache:
             raise OutOfPages(f"{count} pages were asked for and {len(self._free)} of {self.num_pages} are free")
         pages = [self._free.pop() for _ in range(count)]
         if pages:
-            index = torch.tensor(pages, device=self._memory[0].device)
-            for memory in self._memory:
+            index = torch.tensor(pages, device=self._device)
+            for memory in self._memory.values():
                 memory.index_fill_(0, index, 0)
         for page in pages:
             self._references[page] = 1
@@ -108,7 +111,7 @@ class KVCache:
         full, rest = divmod(tokens, PAGE_TOKENS)
         copied = self.allocate(1 if rest else 0)
         for page in copied:
-            for memory in self._memory:
+            for memory in self._memory.values():
                 memory[page, :rest] = memory[pages[full], :rest]
         return self.share(pages[:full]) + copied
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
+from tinkercloud.engine.torch.attention import dense_attention
 from tinkercloud.engine.torch.kv_cache import PAD_PAGE, PAGE_TOKENS, KVCache, pages_for
 
 
@@ -61,8 +61,7 @@ class PagedAttention:
                 self._blocks.append(self._block([(first, sequence)]))
         self._blocks += [self._block(members) for members in decoding.values()]
         self._slots = self._tensor(slots)
-        self._in_order = len(self._blocks) == 1
-        self._masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
@@ -92,24 +91,26 @@ class PagedAttention:
         *,
         scaling: float,
         sliding_window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
-        """Attend the step's T rows: query [1, Hq, T, D], key and value [1, Hkv, T, D] -> [1, T, Hq, Dv]."""
+        """See `attention.Attention`; the rows are the step's sequences, in the order given."""
         self._cache.write(layer, self._slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
         rows = query[0].transpose(0, 1)
-        if self._in_order:
-            return self._attend(layer, 0, rows, scaling, sliding_window)[None]
+        if len(self._blocks) == 1:
+            return self._attend(layer, 0, rows, scaling, sliding_window, softcap)[None]
         output = rows.new_empty(*rows.shape[:2], value.shape[-1])
         for index, block in enumerate(self._blocks):
-            output.index_copy_(
-                0, block.rows, self._attend(layer, index, rows.index_select(0, block.rows), scaling, sliding_window)
-            )
+            queries = rows.index_select(0, block.rows)
+            output.index_copy_(0, block.rows, self._attend(layer, index, queries, scaling, sliding_window, softcap))
         return output[None]
 
-    def _attend(self, layer: int, index: int, query: Tensor, scaling: float, window: int | None) -> Tensor:
+    def _attend(
+        self, layer: int, index: int, query: Tensor, scaling: float, window: int | None, softcap: float | None
+    ) -> Tensor:
         """Attend the queries [B * count, Hq, D] of one block.
 
-        The query heads that share a key head become further queries of it, so nothing is repeated for grouped-query
-        attention.
+        The query heads that share a key head become further queries of it, so that grouped-query attention repeats no
+        keys.
         """
         block = self._blocks[index]
         keys, values = self._cache.read(layer, block.tables)
@@ -117,27 +118,26 @@ class PagedAttention:
         kv_heads = keys.shape[1]
         group = query.shape[1] // kv_heads
         grouped = query.view(batch, count, kv_heads, group, -1).permute(0, 2, 3, 1, 4)
-        attended = scaled_dot_product_attention(
+        attended = dense_attention(
             grouped.reshape(batch, kv_heads, group * count, -1),
             keys,
             values,
-            attn_mask=self._mask(index, group, window, query.dtype),
-            scale=scaling,
+            scaling=scaling,
+            mask=self._mask(index, group, window),
+            softcap=softcap,
         )
         attended = attended.view(batch, kv_heads, group, count, -1).permute(0, 3, 1, 2, 4)
         return attended.reshape(batch * count, kv_heads * group, -1)
 
-    def _mask(self, index: int, group: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """0 where a query may look and -inf elsewhere, [B, 1, group * count, keys]; made once for all layers."""
-        mask = self._masks.get((index, group, window, dtype))
+    def _mask(self, index: int, group: int, window: int | None) -> Tensor:
+        """True where a query sees a key, [B, 1, group * count, keys]; made once for all layers of a kind."""
+        mask = self._masks.get((index, group, window))
         if mask is None:
             block = self._blocks[index]
             positions = block.positions[:, None, :, None]
             keys = torch.arange(block.tables.shape[1] * PAGE_TOKENS, device=self._device)
-            hidden = keys > positions
+            mask = keys <= positions
             if window is not None:
-                hidden |= keys <= positions - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=self._device).masked_fill_(hidden, float("-inf"))
-            mask = mask.repeat(1, 1, group, 1)
-            self._masks[index, group, window, dtype] = mask
+                mask &= keys > positions - window
+            mask = self._masks[index, group, window] = mask.repeat(1, 1, group, 1)
         return mask

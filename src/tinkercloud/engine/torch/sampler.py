@@ -1,0 +1,257 @@
+"""Draws continuations from a base model and any number of its adapters, all in one batch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from tinkercloud.engine.torch.batching import ContinuousBatch, Turn
+from tinkercloud.engine.torch.checkpoints import load_frozen
+from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, pages_for
+from tinkercloud.engine.torch.lora import BASE_ONLY, LoraBatch, Segment
+from tinkercloud.engine.torch.model import BaseModel
+from tinkercloud.engine.torch.paged_attention import CacheRows, PagedAttention
+from tinkercloud.engine.torch.sampling import check_params, draw, top_logprobs
+from tinkercloud.engine.torch.sequences import OpenedSampler, Request
+from tinkercloud.engine.torch.stopping import Tokenizer
+from tinkercloud.engine.types import (
+    CancelSample,
+    CloseSampler,
+    Done,
+    EngineOptions,
+    Failure,
+    OpenSampler,
+    OperationError,
+    Result,
+    Sample,
+)
+
+log = logging.getLogger(__name__)
+
+_LOGIT_BYTES = 4
+"""Logits are float32."""
+
+
+class TorchSampler:
+    """The `engine.protocol.Sampler` over a transformers model. A request's fault is answered to it alone."""
+
+    def __init__(self, model: BaseModel, options: EngineOptions) -> None:
+        self.info = model.info
+        self._model = model
+        self._logit_rows = max(1, options.logits_bytes // (_LOGIT_BYTES * model.info.vocab_size))
+        self._tokenizer = Tokenizer(model.info.folder, options.trust_remote_code)
+        self._cache = _cache_for(model, options.kv_cache_bytes)
+        self._batch = ContinuousBatch(self._cache, options.max_decode_batch)
+        self._samplers: dict[str, OpenedSampler] = {}
+        self._opened = 0
+        self._requests: dict[str, Request] = {}
+        self._ended: list[tuple[str, Result]] = []
+
+    def open(self, operation: OpenSampler) -> Result:
+        """Load the weights; opening the same folder under the same id again changes nothing."""
+        existing = self._samplers.get(operation.sampler_id)
+        if existing is not None:
+            if existing.folder == operation.folder:
+                return Done()
+            return Failure(f"sampler {operation.sampler_id} is open already, with other weights", "server")
+        adapter = None
+        if operation.folder:
+            try:
+                adapter = load_frozen(self._model, operation.folder)
+            except OperationError as error:
+                return Failure(str(error), "user")
+        self._opened += 1
+        self._samplers[operation.sampler_id] = OpenedSampler(self._opened, operation.folder, adapter)
+        return Done()
+
+    def close(self, operation: CloseSampler) -> Result:
+        """Take no more requests. The weights live on for those that it has, which hold them."""
+        self._samplers.pop(operation.sampler_id, None)
+        return Done()
+
+    def submit(self, operation: Sample) -> None:
+        """Check a request and let it wait; a bad one is answered by the next step."""
+        if operation.request_id in self._requests:
+            return
+        try:
+            request = self._checked(operation)
+        except OperationError as error:
+            self._ended.append((operation.request_id, Failure(str(error), "user")))
+            return
+        self._requests[operation.request_id] = request
+        self._batch.add(request)
+
+    def cancel(self, operation: CancelSample) -> Result:
+        """Free a request's memory now; its `Failure` comes from the next step."""
+        request = self._requests.get(operation.request_id)
+        if request is not None:
+            self._fail(request, Failure("the sample was cancelled", "user"))
+        return Done()
+
+    @property
+    def busy(self) -> bool:
+        return self._batch.busy or bool(self._ended)
+
+    @property
+    def pages_used(self) -> int:
+        """Pages of the KV cache that sequences hold; 0 when nothing runs."""
+        return self._cache.used
+
+    def step(self) -> list[tuple[str, Result]]:
+        """Admit what fits, run every running sequence's next tokens, answer what has ended."""
+        with torch.inference_mode():
+            turns = self._batch.schedule()
+            if turns:
+                self._advance(turns)
+        ended, self._ended = self._ended, []
+        return ended
+
+    def _checked(self, operation: Sample) -> Request:
+        """The request behind an operation. Raises `OperationError`."""
+        sampler = self._samplers.get(operation.sampler_id)
+        if sampler is None:
+            raise OperationError(f"there is no open sampler {operation.sampler_id}; make a new sampling client")
+        prompt, vocab, length = operation.prompt, self.info.vocab_size, operation.num_tokens
+        if prompt.ndim != 1 or length == 0:
+            raise OperationError("the prompt is empty; it needs at least one token")
+        if prompt.min() < 0 or prompt.max() >= vocab:
+            wrong = prompt[(prompt < 0) | (prompt >= vocab)][0]
+            raise OperationError(f"token id {wrong} in the prompt is not in the vocabulary, 0 to {vocab - 1}")
+        check_params(operation.params)
+        if length + operation.params.max_tokens > self.info.max_context:
+            raise OperationError(
+                f"prompt length plus max_tokens exceeds the model's context window: "
+                f"{length} + {operation.params.max_tokens} > {self.info.max_context}"
+            )
+        if operation.num_samples < 1:
+            raise OperationError(f"num_samples is {operation.num_samples}; it must be at least 1")
+        for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
+            if not 0 <= getattr(operation, name) <= vocab:
+                raise OperationError(f"{name} is {getattr(operation, name)}; it must be 0 to {vocab}")
+        return Request(operation, sampler, self._tokenizer.stop_condition(operation.params))
+
+    def _advance(self, turns: list[Turn]) -> None:
+        """Run the turns' tokens through the model, then score prompts and draw next tokens from what comes out."""
+        device = self._model.device
+        tokens = [token for sequence, count in turns for token in sequence.next_tokens(count)]
+        positions = [sequence.cached + i for sequence, count in turns for i in range(count)]
+        attention = PagedAttention(
+            self._cache, [CacheRows(sequence.pages, sequence.cached, count) for sequence, count in turns], device
+        )
+        hidden = self._model.hidden_states(
+            torch.tensor(tokens, device=device), torch.tensor(positions, device=device), attention, _lora(turns)
+        )
+        drawing: list[Turn] = []
+        rows: list[int] = []
+        first = 0
+        for sequence, count in turns:
+            start, sequence.cached = sequence.cached, sequence.cached + count
+            if not sequence.request.prompt_scored:
+                self._score_prompt(sequence.request, start, hidden[first : first + count])
+            first += count
+            if sequence.cached == sequence.num_tokens:
+                drawing.append((sequence, 1))
+                rows.append(first - 1)
+        if len(rows) < len(hidden):
+            hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=device)]
+        for begin in range(0, len(drawing), self._logit_rows):
+            end = begin + self._logit_rows
+            self._draw(drawing[begin:end], hidden[begin:end])
+
+    def _draw(self, turns: list[Turn], hidden: Tensor) -> None:
+        """Draw one token for each sequence from the hidden state [n, H] of its last one."""
+        params = [sequence.request.operation.params for sequence, _ in turns]
+        uniforms = [sequence.random.random() for sequence, _ in turns]
+        drawn = draw(self._model.logits(hidden, _lora(turns)), params, uniforms)
+        most = max(sequence.request.operation.topk_sample_logprobs for sequence, _ in turns)
+        if most:
+            top_ids, top_values = top_logprobs(drawn.distribution, most)
+        for row, (token, logprob) in enumerate(zip(drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True)):
+            sequence = turns[row][0]
+            request = sequence.request
+            if request.operation.request_id not in self._requests:
+                continue  # A sibling in this batch has failed the request.
+            if logprob != logprob:
+                self._fail(request, Failure("the model's logits are not finite: its weights have diverged", "user"))
+                continue
+            wanted = request.operation.topk_sample_logprobs
+            sequence.append(token, logprob, (top_ids[row, :wanted], top_values[row, :wanted]) if wanted else None)
+            if sequence.stop_reason is not None:
+                self._batch.finish(sequence)
+                if request.finished:
+                    del self._requests[request.operation.request_id]
+                    self._ended.append((request.operation.request_id, request.output()))
+
+    def _score_prompt(self, request: Request, start: int, hidden: Tensor) -> None:
+        """Fill in the log-probabilities of the prompt's tokens after positions start, start + 1, ... [n, H]."""
+        prompt = request.prompt
+        count = min(len(hidden), len(prompt) - 1 - start)
+        wanted = request.operation.topk_prompt_logprobs
+        for begin in range(0, count, self._logit_rows):
+            rows = hidden[begin : min(begin + self._logit_rows, count)]
+            logits = self._model.logits(rows, _segments([(request.sampler, len(rows))]))
+            distribution = logits.log_softmax(-1)
+            scored = slice(start + begin + 1, start + begin + 1 + len(rows))
+            targets = torch.tensor(prompt[scored], device=hidden.device)
+            request.prompt_logprobs[scored] = distribution.gather(-1, targets[:, None])[:, 0].cpu().numpy()
+            if wanted:
+                request.prompt_top.token_ids[scored], request.prompt_top.logprobs[scored] = top_logprobs(
+                    distribution, wanted
+                )
+        request.prompt_scored = start + len(hidden) >= len(prompt)
+
+    def _fail(self, request: Request, failure: Failure) -> None:
+        self._batch.remove(request)
+        del self._requests[request.operation.request_id]
+        self._ended.append((request.operation.request_id, failure))
+
+
+def _lora(turns: list[Turn]) -> LoraBatch:
+    """The adapters of a step's rows."""
+    return _segments((sequence.request.sampler, count) for sequence, count in turns)
+
+
+def _segments(rows: Iterator[tuple[OpenedSampler, int]] | list[tuple[OpenedSampler, int]]) -> LoraBatch:
+    """Runs of (sampler, rows) as segments, neighbours of one sampler merged; the base model's rows need none."""
+    segments: list[Segment] = []
+    start = 0
+    for sampler, run in groupby(rows, key=lambda row: row[0]):
+        end = start + sum(count for _, count in run)
+        if sampler.adapter is not None:
+            segments.append(Segment(sampler.adapter, start, end))
+        start = end
+    return LoraBatch(segments)
+
+
+def _cache_for(model: BaseModel, kv_cache_bytes: int) -> KVCache:
+    """A cache of `kv_cache_bytes`, but of at least one whole context, so that whatever the context allows also fits."""
+    layers = _layer_shapes(model)
+    page_bytes = PAGE_TOKENS * sum(shape.numbers for shape in layers.values()) * model.dtype.itemsize
+    pages = kv_cache_bytes // page_bytes
+    least = pages_for(model.info.max_context)
+    if pages < least:
+        log.warning(
+            "kv_cache_bytes = %d holds %d tokens of %s, less than one context of %d; taking %d bytes instead "
+            "(a smaller max_context needs less)",
+            kv_cache_bytes, pages * PAGE_TOKENS, model.info.name, model.info.max_context, least * page_bytes,
+        )  # fmt: skip
+    return KVCache(layers, max(pages, least), model.dtype, model.device)
+
+
+def _layer_shapes(model: BaseModel) -> dict[int, LayerShape]:
+    """The keys and values of each layer, learnt from one token's way through the model: no configuration says it for
+    every architecture."""
+    shapes: dict[int, LayerShape] = {}
+
+    def record(layer: int, query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
+        shapes[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+
+    with torch.inference_mode():
+        token = torch.zeros(1, dtype=torch.int64, device=model.device)
+        model.hidden_states(token, token, record, BASE_ONLY)
+    return shapes
