@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tinkercloud.codec import encode
 from tinkercloud.config import Settings
-from tinkercloud.control.arrivals import Arrivals
+from tinkercloud.control.arrivals import Arrivals, within
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import ServedModel
 from tinkercloud.control.outcomes import SaveDetails, conclude, details_of
@@ -20,13 +20,16 @@ from tinkercloud.engine.types import ClearGradients, DropModel, Failure, Result
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.order import ModelLog
-from tinkercloud.ledger.records import Entry, ModelRecord
+from tinkercloud.ledger.records import CheckpointRecord, Entry, ModelRecord
 from tinkercloud.scheduler.cycle import Waiting, charge, next_cycle
 
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 2
 """An operation during which the engine died this often is failed, so that its model can go on with the next one."""
+
+GAP_CHECK_SECONDS = 5.0
+"""How often, at least, the logs are looked through for gaps that stayed open too long."""
 
 
 class Conductor:
@@ -51,12 +54,10 @@ class Conductor:
 
     # ------------------------------------------------------------ what the service calls
 
-    def add_run(self, record: ModelRecord, entries: list[Entry]) -> None:
-        """Take a run in, with the entries of its log that have not ended yet."""
-        order = ModelLog(record.applied_seq, gap_timeout=self._settings.gap_timeout_seconds)
+    def add_run(self, record: ModelRecord, order: ModelLog) -> None:
+        """Take a run in, with the log of what has not ended yet."""
         self._runs[record.model_id] = TrainingRun(record, order, self._ledger, self._data_dir)
-        for entry in entries:
-            self.accept(entry)
+        self._work.set()
 
     def accept(self, entry: Entry) -> None:
         """An entry is in the ledger: run it when its turn comes."""
@@ -92,17 +93,13 @@ class Conductor:
     @property
     def busy(self) -> bool:
         """Whether an operation is runnable or running."""
-        return self._between_cycles.locked() or any(run.order.next_runnable() for run in self._runs.values())
+        return self._between_cycles.locked() or any(run.turn or len(run.order) for run in self._runs.values())
 
     # ------------------------------------------------------------ the loop
 
     async def _conduct(self) -> None:
         while True:
-            try:
-                await asyncio.wait_for(self._work.wait(), timeout=self._settings.gap_check_seconds)
-            except TimeoutError:
-                await self._fail_behind_gaps()
-                continue
+            await within(self._work, GAP_CHECK_SECONDS)
             self._work.clear()
             while waiting := self._waiting():
                 async with self._between_cycles:
@@ -117,8 +114,10 @@ class Conductor:
     def _waiting(self) -> list[Waiting]:
         waiting = []
         for run in self._runs.values():
-            entry = run.order.next_runnable()
-            if entry is not None:
+            if run.turn is None:
+                run.turn = run.order.take(time.monotonic())
+            if run.turn is not None:
+                entry = run.turn.entry
                 waiting.append(
                     Waiting(run.model_id, run.record.owner, entry.request_id, entry.num_tokens, entry.created_at)
                 )
@@ -143,7 +142,7 @@ class Conductor:
         try:
             results = await engine.run_cycle([payload for _, payload in ready])
         except EngineDied:
-            self._deaths.update(_next(run).request_id for run, _ in ready)
+            self._deaths.update(run.turn.entry.request_id for run, _ in ready)
             raise
         await asyncio.gather(*(self._end(run, result) for (run, _), result in zip(ready, results, strict=True)))
         for run, _ in ready:
@@ -151,31 +150,28 @@ class Conductor:
                 await run.snapshot(engine)
 
     async def _prepare(self, run: TrainingRun, engine: EngineHandle) -> bytes | Failure:
-        """The bytes to run for the next entry of a run whose state is in the engine, or why it fails."""
-        entry = _next(run)
-        if self._deaths[entry.request_id] >= MAX_DEATHS:
-            return Failure(
-                f"{entry.kind} (seq_id {entry.seq_id}) ended the engine process {MAX_DEATHS} times and was given up; "
-                "the model goes on as if it had not been sent. The server's log has the details",
-                "server",
-            )
+        """Bring a run's state into the engine; the bytes to run for its turn, or why the operation fails."""
+        entry = run.turn.entry
         try:
             await run.bring_into(engine)
         except ReplayError as error:
             log.error("%s", error)
             return Failure(str(error), "server")
-        if entry.kind == "optim_step" and run.order.poisoned_by is not None:
-            refused = run.order.poisoned_by
+        given_up = self._deaths[entry.request_id] >= MAX_DEATHS
+        if run.turn.clear_gradients or (given_up and entry.kind == "optim_step"):
             await engine.run_cycle([encode(ClearGradients(run.model_id))])
+        if run.turn.failure is not None:
+            return run.turn.failure
+        if given_up:
             return Failure(
-                f"no step was taken: the {refused.kind} with seq_id {refused.seq_id} of this batch was refused, so its "
-                "gradient is incomplete and was cleared; send the batch again",
-                "user",
+                f"{entry.kind} (seq_id {entry.seq_id}) ended the engine process {MAX_DEATHS} times and was given up; "
+                "the model goes on as if it had not been sent. The server's log has the details",
+                "server",
             )
         details = details_of(entry)
         if isinstance(details, SaveDetails) and not details.overwrite:
             path = checkpoint_path(run.model_id, details.kind, details.name)
-            if await self._ledger.checkpoint(path) is not None:
+            if await self._ledger.get(CheckpointRecord, path) is not None:
                 return Failure(f"{path} exists already; choose another name, or save with overwrite=True", "user")
         if entry.kind == "unload_model":
             return encode(DropModel(run.model_id))
@@ -183,31 +179,17 @@ class Conductor:
 
     async def _end(self, run: TrainingRun, result: Result) -> None:
         """Store what an operation gave, then let the next one and its client go on."""
-        entry = _next(run)
+        turn, run.turn = run.turn, None
+        entry = turn.entry
         outcome, records = conclude(entry, run.record, result)
-        await self._ledger.complete(entry.request_id, encode(outcome), failed=isinstance(outcome, Failure), also=records)
-        run.order.ended(entry)
-        run.unsaved_operations += 1
+        failed = isinstance(outcome, Failure)
+        # A step that fails in the engine has cleared what it was to apply, like one whose batch was incomplete.
+        cleared = turn.clear_gradients or (failed and turn.failure is None and entry.kind == "optim_step")
+        ended = await self._ledger.complete(
+            entry.request_id, encode(outcome), failed=failed, cleared_gradients=cleared, also=records
+        )
+        run.ended(ended)
         self._deaths.pop(entry.request_id, None)
-        if entry.kind == "unload_model":
-            await self._ledger.unload_model(run.model_id)
+        if ended.kind == "unload_model" and not failed:
             del self._runs[run.model_id]
         self._arrivals.announce(entry.request_id)
-
-    async def _fail_behind_gaps(self) -> None:
-        """Fail what waits behind a seq_id that never came: its client has given up sending it."""
-        for run in self._runs.values():
-            for entry in run.order.expired(now=time.monotonic()):
-                failure = Failure(
-                    f"{entry.kind} (seq_id {entry.seq_id}) waited {self._settings.gap_timeout_seconds:.0f} s for seq_id "
-                    f"{run.order.applied_seq + 1}, which never came; create a new training client from your last checkpoint",
-                    "user",
-                )
-                await self._ledger.complete(entry.request_id, encode(failure), failed=True)
-                self._arrivals.announce(entry.request_id)
-
-
-def _next(run: TrainingRun) -> Entry:
-    entry = run.order.next_runnable()
-    assert entry is not None, "a run in a cycle has a runnable operation"
-    return entry

@@ -66,17 +66,13 @@ class Service:
     @classmethod
     async def start(cls, settings: Settings, on_progress: OnProgress) -> Service:
         """Open the data directory, begin to load the base models, and take up what the last run left unfinished."""
-        ledger = await Ledger.open(settings.data_dir, settings.database_url)
+        ledger = await Ledger.open(
+            settings.data_dir, settings.database_url, result_retention=settings.result_retention_seconds
+        )
         service = cls(settings, ledger, on_progress)
         for model in settings.models:
             service.serve_model(model)
-        for record in await ledger.live_models():
-            if record.base_model in service._models:
-                service._conductor(record.base_model).add_run(record, await ledger.pending(record.model_id))
-        for entry in await ledger.pending_samples():
-            sampler = await ledger.sampler(entry.stream)
-            if sampler is not None and sampler.base_model in service._models:
-                service._desk(sampler.base_model).start(entry, sampler)
+            await service._resume(model.name)
         return service
 
     async def stop(self) -> None:
@@ -90,6 +86,20 @@ class Service:
     def release(self) -> None:
         """Answer every held poll: the server is about to stop."""
         self._arrivals.close()
+
+    async def _resume(self, base_model: str) -> None:
+        """Take up the training runs and samples of a base model where the ledger says that they are."""
+        for model in await self._ledger.find(ModelRecord, base_model=base_model, state="live"):
+            await self._add_run(model)
+        for stream in await self._ledger.pending_streams():
+            sampler = await self._ledger.get(SamplerRecord, stream)
+            if sampler is not None and sampler.base_model == base_model:
+                for entry in await self._ledger.pending(stream):
+                    self._desks[base_model].start(entry, sampler)
+
+    async def _add_run(self, model: ModelRecord) -> None:
+        log = await self._ledger.model_log(model.model_id, self.settings.gap_timeout_seconds)
+        self._conductors[model.base_model].add_run(model, log)
 
     # ------------------------------------------------------------ the server itself
 
@@ -148,7 +158,7 @@ class Service:
         display_name: str | None,
     ) -> SessionRecord:
         now = time.time()
-        return await self._ledger.insert_session(
+        return await self._ledger.insert(
             SessionRecord(
                 session_id=str(uuid.uuid4()),
                 owner=owner,
@@ -165,7 +175,7 @@ class Service:
 
     async def session(self, session_id: str, owner: str) -> SessionRecord:
         """NotFound if there is none; a finished one is returned too."""
-        session = await self._ledger.session(session_id)
+        session = await self._ledger.get(SessionRecord, session_id)
         if session is None or session.owner != owner:
             raise NotFound(
                 f"Session not found: {session_id}. It was made on another server or data directory, or dropped after "
@@ -188,32 +198,33 @@ class Service:
     async def _touch(self, session: SessionRecord) -> None:
         """A sign of life; a parked session's state comes back with its next operation."""
         if session.state == "parked":
-            await self._ledger.set_session_state(session.session_id, "active")
-        await self._ledger.touch_session(session.session_id, time.time())
+            await self._ledger.change(SessionRecord, session.session_id, state="active")
+        self._ledger.heartbeat(session.session_id)
 
     async def finish_session(self, session_id: str, owner: str, reason: str) -> None:
         """The first reason wins; a repeat changes nothing."""
         session = await self.session(session_id, owner)
         if session.state != "finished":
-            await self._ledger.set_session_state(session_id, "finished", reason)
+            await self._ledger.change(SessionRecord, session_id, state="finished", finish_reason=reason)
             await self.free_session(session_id)
 
     async def free_session(self, session_id: str) -> None:
         """Put a session's runs on disk and close its samplers in the engines."""
-        models, samplers = await self._ledger.session_members(session_id)
+        models = await self._ledger.find(ModelRecord, session_id=session_id)
         for name, conductor in self._conductors.items():
             await conductor.park([m.model_id for m in models if m.base_model == name])
-        for sampler in samplers:
+        for sampler in await self._ledger.find(SamplerRecord, session_id=session_id):
             if sampler.base_model in self._desks:
                 await self._desks[sampler.base_model].close(sampler.sampler_id)
 
     async def list_sessions(self, owner: str, limit: int, offset: int) -> list[SessionRecord]:
         """A page of the owner's sessions, newest first."""
-        return await self._ledger.sessions(owner, limit, offset)
+        return await self._ledger.find(SessionRecord, owner=owner, limit=limit, offset=offset)
 
     async def session_members(self, session_id: str) -> tuple[list[str], list[str]]:
         """(model ids, sampler ids) of a session."""
-        models, samplers = await self._ledger.session_members(session_id)
+        models = await self._ledger.find(ModelRecord, session_id=session_id)
+        samplers = await self._ledger.find(SamplerRecord, session_id=session_id)
         return [m.model_id for m in models], [s.sampler_id for s in samplers]
 
     # ------------------------------------------------------------ training models
@@ -264,18 +275,18 @@ class Service:
     async def _begin(
         self, session: SessionRecord, model: ModelRecord, kind: str, operation: Any, details: dict[str, Any]
     ) -> Entry:
-        conductor = self._conductor(model.base_model)
+        self._models.get(model.base_model)
         await self._touch(session)
         async with self._creating:  # a repeat that overtakes the first must not open a second log
-            await self._ledger.insert_model(model)
+            await self._ledger.insert(model)
             entry = await self._ledger.append(model.model_id, 0, kind, encode(operation), details=details)
             if not entry.repeated:
-                conductor.add_run(model, [entry])
+                await self._add_run(model)
         return entry
 
     async def model(self, model_id: str, owner: str) -> ModelRecord:
         """NotFound if there is none (or it was unloaded)."""
-        model = await self._ledger.model(model_id)
+        model = await self._ledger.get(ModelRecord, model_id)
         if model is None or model.owner != owner:
             raise NotFound(f"there is no training run {model_id!r}; create one with create_lora_training_client")
         if model.state == "unloaded":
@@ -377,14 +388,15 @@ class Service:
 
     async def list_models(self, owner: str, limit: int, offset: int) -> tuple[list[ModelRecord], int]:
         """(a page of training runs, newest first; how many there are)."""
-        return await self._ledger.models(owner, limit, offset)
+        models = await self._ledger.find(ModelRecord, owner=owner, limit=limit, offset=offset)
+        return models, await self._ledger.count(ModelRecord, owner=owner)
 
     # ------------------------------------------------------------ checkpoints
 
     async def checkpoint(self, path: str, owner: str) -> CheckpointRecord:
         """By its tinker:// path. NotFound if there is none, InvalidRequest if it is no such path."""
         parse_checkpoint_path(path)
-        checkpoint = await self._ledger.checkpoint(path)
+        checkpoint = await self._ledger.get(CheckpointRecord, path)
         expired = checkpoint is not None and checkpoint.expires_at is not None and checkpoint.expires_at < time.time()
         if checkpoint is None or expired or checkpoint.owner != owner:
             raise NotFound(f"there is no checkpoint {path}; `tinkercloud checkpoints list` shows those that there are")
@@ -392,7 +404,9 @@ class Service:
 
     async def list_checkpoints(self, owner: str, model_id: str | None) -> list[CheckpointRecord]:
         """All of the owner's checkpoints, or those of one training run, newest first."""
-        return await self._ledger.checkpoints(owner, model_id)
+        if model_id is not None:
+            return await self._ledger.find(CheckpointRecord, owner=owner, model_id=model_id)
+        return await self._ledger.find(CheckpointRecord, owner=owner)
 
     # ------------------------------------------------------------ sampling
 
@@ -410,7 +424,7 @@ class Service:
             raise InvalidRequest("base_model or model_path is required: there is nothing to sample from")
         await self._models.get(base_model).loaded()
         await self._touch(session)
-        return await self._ledger.insert_sampler(
+        return await self._ledger.insert(
             SamplerRecord(
                 sampler_id=f"{session.session_id}:sample:{seq_id}",
                 session_id=session.session_id,
@@ -424,14 +438,16 @@ class Service:
 
     async def sampler(self, sampler_id: str, owner: str) -> SamplerRecord:
         """NotFound."""
-        sampler = await self._ledger.sampler(sampler_id)
+        sampler = await self._ledger.get(SamplerRecord, sampler_id)
         if sampler is None or sampler.owner != owner:
             raise NotFound(f"there is no sampler {sampler_id!r}; create one with create_sampling_client")
         return sampler
 
     async def join_sampler(self, sampler: SamplerRecord) -> int:
         """A client number, unique in this sampling session; the creator is 0."""
-        return await self._ledger.join_sampler(sampler.sampler_id)
+        number = await self._ledger.join_sampler(sampler.sampler_id)
+        assert number is not None, "samplers are never removed"
+        return number
 
     async def sample(self, sampler: SamplerRecord, seq_id: int, operation: Sample) -> Entry:
         """Accept a sample. Overloaded if too many wait."""
@@ -477,7 +493,8 @@ class Service:
         entry = await self._ledger.entry(request_id)
         stream = None
         if entry is not None:
-            stream = await (self._ledger.sampler if entry.kind == "sample" else self._ledger.model)(entry.stream)
+            kind = SamplerRecord if entry.kind == "sample" else ModelRecord
+            stream = await self._ledger.get(kind, entry.stream)
         if entry is None or stream is None or stream.owner != owner:
             raise NotFound(f"there is no request {request_id!r}")
         return entry
@@ -496,9 +513,11 @@ class Service:
 
     async def park_silent_sessions(self, now: float) -> None:
         """Put the state of sessions without a sign of life on disk and free their engines' memory."""
-        for session in await self._ledger.silent_sessions(now - self.settings.session_timeout_seconds):
+        for session in await self._ledger.find(SessionRecord, state="active"):
+            if session.last_heartbeat > now - self.settings.session_timeout_seconds:
+                continue
             log.info("session %s is silent; parked", session.session_id)
-            await self._ledger.set_session_state(session.session_id, "parked")
+            await self._ledger.change(SessionRecord, session.session_id, state="parked")
             await self.free_session(session.session_id)
 
     async def unload_idle_models(self, now: float) -> None:
@@ -513,8 +532,10 @@ class Service:
     async def drop_expired(self, now: float) -> None:
         """Drop results past their retention, checkpoints past their time, sessions past coming back."""
         await self._ledger.expire(now)
-        for folder in await self._ledger.expire_checkpoints(now):
-            await asyncio.to_thread(shutil.rmtree, self.settings.data_dir / folder, ignore_errors=True)
+        for checkpoint in await self._ledger.find(CheckpointRecord):
+            if checkpoint.expires_at is not None and checkpoint.expires_at <= now:
+                await self._ledger.remove(CheckpointRecord, checkpoint.path)
+                await asyncio.to_thread(shutil.rmtree, self.settings.data_dir / checkpoint.folder, ignore_errors=True)
 
     # ------------------------------------------------------------ rooms of one base model
 

@@ -20,7 +20,7 @@ from tinkercloud.engine.types import (
     SaveWeights,
 )
 from tinkercloud.ledger.ledger import Ledger
-from tinkercloud.ledger.order import ModelLog
+from tinkercloud.ledger.order import ModelLog, Turn
 from tinkercloud.ledger.records import Entry, ModelRecord, Outcome, SnapshotRecord
 
 log = logging.getLogger(__name__)
@@ -46,15 +46,25 @@ class TrainingRun:
     def __init__(self, record: ModelRecord, order: ModelLog, ledger: Ledger, data_dir: Path):
         self.record = record
         self.order = order
+        self.turn: Turn | None = None
+        """The operation that was taken from the log and has not ended."""
         self._ledger = ledger
         self._data_dir = data_dir
         self._resident_in: EngineHandle | None = None
+        self._applied_seq = record.applied_seq
         self.unsaved_operations = 0
         """Operations since the newest snapshot (or since the run's beginning)."""
 
     @property
     def model_id(self) -> str:
         return self.record.model_id
+
+    def ended(self, entry: Entry) -> None:
+        """The turn's operation has ended, as the ledger recorded it."""
+        self.turn = None
+        self.order.ended(entry)
+        self._applied_seq = max(self._applied_seq, entry.seq_id)
+        self.unsaved_operations += 1
 
     def resident(self, engine: EngineHandle | None) -> bool:
         return self._resident_in is not None and self._resident_in is engine
@@ -63,9 +73,8 @@ class TrainingRun:
         """Make sure that `engine` has the run's state as of its applied seq_id. ReplayError, EngineDied."""
         if self.resident(engine):
             return
-        snapshot = await self._ledger.newest_snapshot(self.model_id)
         after = -1
-        if snapshot is not None:
+        for snapshot in await self._ledger.find(SnapshotRecord, model_id=self.model_id, limit=1):
             folder = LoadWeights(self.model_id, snapshot.folder, with_optimizer=True, with_gradients=True)
             await self._restore(engine, encode(folder), f"its snapshot after operation {snapshot.seq_id}")
             after = snapshot.seq_id
@@ -74,8 +83,7 @@ class TrainingRun:
         self._resident_in = engine
 
     async def _replay(self, engine: EngineHandle, entry: Entry) -> None:
-        if entry.kind == "optim_step" and entry.state != "done":
-            # A refused or failed step has cleared the gradients, whatever was in them.
+        if entry.cleared_gradients:
             await self._restore(engine, encode(ClearGradients(self.model_id)), f"operation {entry.seq_id}")
         elif entry.kind in STATE_CHANGES and entry.state == "done":
             result = await self._restore(
@@ -105,15 +113,15 @@ class TrainingRun:
 
     async def snapshot(self, engine: EngineHandle) -> None:
         """Write the run's whole state and forget the log behind it as far as recovery is concerned. EngineDied."""
-        seq_id = self.order.applied_seq
+        seq_id = self._applied_seq
         folder = snapshot_folder(self.model_id, seq_id)
         save = SaveWeights(self.model_id, folder, with_optimizer=True, with_gradients=True, replace=True)
         (result,) = await engine.run_cycle([encode(save)])
         if isinstance(result, Failure):
             log.error("no snapshot of %s after operation %d: %s", self.model_id, seq_id, result.error)
             return
-        older = await self._ledger.add_snapshot(SnapshotRecord(self.model_id, seq_id, folder, time.time()))
-        for record in older:
+        await self._ledger.insert(SnapshotRecord(self.model_id, seq_id, folder, time.time()))
+        for record in await self._ledger.prune_snapshots(self.model_id):
             shutil.rmtree(self._data_dir / record.folder, ignore_errors=True)
         self.unsaved_operations = 0
 
