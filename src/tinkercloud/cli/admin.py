@@ -1,0 +1,126 @@
+"""`tinkercloud models` and `tinkercloud checkpoints`: what can be changed while the server runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
+
+import typer
+from rich.table import Table
+
+from tinkercloud.base_models import ModelError, parse_model
+from tinkercloud.cli.console import CommandError, out
+from tinkercloud.cli.options import MODEL_TEXT
+from tinkercloud.config import ConfigError, Settings
+
+if TYPE_CHECKING:
+    import httpx
+
+models = typer.Typer(help="List, add or remove base models of a running server.", no_args_is_help=True)
+checkpoints = typer.Typer(help="List or import checkpoints of a running server.", no_args_is_help=True)
+
+REQUEST_SECONDS = 600.0
+"""How long a command waits for the server: a base model may be downloaded and loaded meanwhile."""
+
+Url = Annotated[
+    str | None,
+    typer.Option(envvar="TINKER_BASE_URL", help="The running server.", show_default="http://127.0.0.1:8000"),
+]
+
+
+@models.command("list")
+def list_models(url: Url = None) -> None:
+    """Show the base models and the state of each."""
+    table = Table("model", "state", "source", box=None)
+    for model in _ask(url, "GET", "/api/v1/admin/models")["models"]:
+        state = model["state"] + (" (lazy)" if model.get("lazy") else "")
+        table.add_row(model["name"], state, model.get("source", ""))
+    out.print(table)
+
+
+@models.command("add")
+def add_model(
+    model: Annotated[str, typer.Argument(help=MODEL_TEXT.partition(" Without")[0], metavar="NAME[=FOLDER]")],
+    lazy: Annotated[bool, typer.Option("--lazy", help="Load it when the first client asks for it.")] = False,
+    url: Url = None,
+) -> None:
+    """Serve one more base model."""
+    try:
+        (chosen,) = Settings.load(models=[model]).models
+        given = parse_model(model)
+    except ModelError as error:
+        raise CommandError(str(error)) from None
+    body = chosen.model_dump(mode="json", include=set(given)) | {"name": chosen.name, "source": chosen.source}
+    _ask(url, "POST", "/api/v1/admin/models", body | {"lazy": lazy or chosen.lazy})
+    out.print(f"{chosen.name} is served.", highlight=False)
+
+
+@models.command("remove")
+def remove_model(name: Annotated[str, typer.Argument(help="As `models list` shows it.")], url: Url = None) -> None:
+    """Stop serving a base model; its training runs and checkpoints stay on disk."""
+    _ask(url, "DELETE", f"/api/v1/admin/models/{quote(name)}")
+    out.print(f"{name} is no longer served.", highlight=False)
+
+
+@checkpoints.command("list")
+def list_checkpoints(url: Url = None) -> None:
+    """Show the checkpoints, with the path that clients load them by."""
+    table = Table("path", "saved", "bytes", box=None)
+    for checkpoint in _ask(url, "GET", "/api/v1/checkpoints")["checkpoints"]:
+        table.add_row(checkpoint["tinker_path"], checkpoint["time"], str(checkpoint.get("size_bytes", "")))
+    out.print(table)
+
+
+@checkpoints.command("import")
+def import_checkpoint(
+    folder: Annotated[Path, typer.Argument(help="An adapter in PEFT's layout.", exists=True, file_okay=False)],
+    base_model: Annotated[
+        str | None, typer.Option(help="The served base model that it belongs to; without it, the one it names.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The checkpoint's name; without it, the folder's.")] = None,
+    url: Url = None,
+) -> None:
+    """Import an adapter that was trained elsewhere, to sample from or to train on."""
+    if not (folder / "adapter_config.json").is_file():
+        raise CommandError(
+            f"{folder} has no adapter_config.json; give the folder that PEFT's `save_pretrained` has written"
+        )
+    body = {"folder": str(folder.resolve()), "base_model": base_model, "name": name or folder.resolve().name}
+    answer = _ask(url, "POST", "/api/v1/admin/checkpoints/import", body)
+    out.print(answer["path"], highlight=False, soft_wrap=True)
+
+
+def _ask(url: str | None, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """One request to the server's API; its JSON. CommandError with the server's own sentence."""
+    import httpx
+
+    if url is None:
+        try:
+            settings = Settings.load()
+        except ConfigError as error:
+            raise ConfigError(f"{error} (or name the server with --url)") from None
+        url = f"http://{settings.host}:{settings.port}"
+    headers = {"X-API-Key": os.environ.get("TINKER_API_KEY", "tml-local")}
+    try:
+        answer = httpx.request(method, url.rstrip("/") + path, json=body, headers=headers, timeout=REQUEST_SECONDS)
+    except httpx.TimeoutException:
+        raise CommandError(f"{url} has not answered for {REQUEST_SECONDS:.0f} s; look at the server's log") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise CommandError(
+            f"no server answers at {url} ({error}); start one with `tinkercloud serve`, or name it with --url"
+        ) from None
+    if answer.is_error:
+        raise CommandError(f"the server refused: {_detail(answer)}")
+    try:
+        return answer.json() if answer.content else None
+    except ValueError:
+        raise CommandError(f"{url} is no tinkercloud server; name it with --url") from None
+
+
+def _detail(answer: httpx.Response) -> str:
+    try:
+        return str(answer.json()["detail"])
+    except (ValueError, KeyError, TypeError):
+        return f"{answer.status_code} {answer.reason_phrase}"
