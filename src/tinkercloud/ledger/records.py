@@ -89,6 +89,9 @@ class SnapshotRecord(Struct, frozen=True):
     created_at: float
 
 
+CatalogRecord = SessionRecord | ModelRecord | SamplerRecord | CheckpointRecord | SnapshotRecord
+
+
 class Entry(Struct, frozen=True):
     """One accepted (or refused) operation."""
 
@@ -108,6 +111,12 @@ class Entry(Struct, frozen=True):
     """Position in the order of completion over the whole ledger; 0 until it has ended."""
     result_bytes: int = 0
     """Size of the stored outcome; 0 until it has ended."""
+    expired: bool = False
+    """Its payload and outcome are past their retention and gone."""
+    cleared_gradients: bool = False
+    """It failed and the model's accumulated gradients were cleared with it; a replay must clear them here too."""
+    details: dict[str, Any] = {}
+    """Small facts that its acceptance fixed, as `append` got them."""
 
 
 # ---------------------------------------------------------------- outcomes: what a future resolves to

@@ -1,0 +1,285 @@
+"""The statements about operations: append, complete, look up. Plain functions over a connection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from msgspec import Struct
+from msgspec.structs import replace
+from sqlalchemy import Connection, Row, and_, bindparam, func, insert, select, update
+
+from tinkercloud.ledger import catalog
+from tinkercloud.ledger.records import CatalogRecord, Entry
+from tinkercloud.ledger.schema import IS_ACCEPTED, entries, models
+from tinkercloud.ledger.segments import Blob
+from tinkercloud.ledger.writer import Transaction
+
+CLIENT_SEQ_IDS = 1_000_000_000
+"""The n-th client of a sampler numbers its samples from n times this."""
+
+_ENTRY_FIELDS = [name for name in Entry.__struct_fields__ if name not in ("repeated", "expired")]
+_ENTRY_COLUMNS = [entries.c[name] for name in (*_ENTRY_FIELDS, "expired_at")]
+
+
+class NewEntry(Struct, frozen=True):
+    """An operation as it arrives. `seq_id` None is the next after the stream's highest."""
+
+    stream: str
+    seq_id: int | None
+    kind: str
+    payload: bytes
+    num_tokens: int
+    created_at: float
+    details: dict[str, Any]
+    refusal: bytes | None = None
+    """The encoded failure of an operation that was refused on arrival."""
+
+
+class Completion(Struct, frozen=True):
+    """How an operation ended, and what must become true together with it."""
+
+    request_id: str
+    outcome: bytes
+    failed: bool
+    result_bytes: int
+    ended_at: float
+    cleared_gradients: bool = False
+    also: tuple[CatalogRecord, ...] = ()
+
+
+class Stored(NamedTuple):
+    """An entry and where its blobs lie; None where there is none, or none any more."""
+
+    entry: Entry
+    payload: Blob | None
+    outcome: Blob | None
+
+
+def request_id(stream: str, seq_id: int) -> str:
+    """An operation's id: the same for every repeat, and another for every other (stream, seq_id)."""
+    return f"{stream}:{seq_id}"
+
+
+# ---------------------------------------------------------------- writes
+
+
+def append(transaction: Transaction, arrivals: list[NewEntry]) -> list[Entry]:
+    """The entry of each arrival: a new one, or the first one of a repeat."""
+    connection = transaction.connection
+    known = _by_request_id(
+        connection, [request_id(new.stream, new.seq_id) for new in arrivals if new.seq_id is not None]
+    )
+    rows: list[dict[str, Any]] = []
+    results: list[Entry] = []
+    for new in arrivals:
+        seq_id = new.seq_id
+        if seq_id is None:
+            just_now = [row["seq_id"] for row in rows if row["stream"] == new.stream]
+            seq_id = max(highest_seq(connection, new.stream), *just_now, -1) + 1
+        key = request_id(new.stream, seq_id)
+        if key in known:
+            results.append(_repeat(known[key]))
+            continue
+        row = _row(transaction, new, key, seq_id)
+        rows.append(row)
+        known[key] = _entry(row)
+        results.append(known[key])
+    if rows:
+        connection.execute(insert(entries), rows)
+    return results
+
+
+def _row(transaction: Transaction, new: NewEntry, key: str, seq_id: int) -> dict[str, Any]:
+    is_refused = new.refusal is not None
+    return {
+        "request_id": key,
+        "stream": new.stream,
+        "seq_id": seq_id,
+        "kind": new.kind,
+        "state": "refused" if is_refused else "accepted",
+        "num_tokens": new.num_tokens,
+        "created_at": new.created_at,
+        "ended_at": new.created_at if is_refused else None,
+        "completion": transaction.next_completion() if is_refused else 0,
+        "result_bytes": len(new.refusal or b""),
+        "cleared_gradients": False,
+        "expired_at": None,
+        "details": new.details,
+        **_place("payload", transaction.store(new.payload)),
+        **_place("outcome", transaction.store(new.refusal or b"")),
+    }
+
+
+_COMPLETE = (
+    update(entries)
+    .where(entries.c.request_id == bindparam("key"))
+    .values(
+        {
+            name: bindparam(name)
+            for name in (
+                "state",
+                "ended_at",
+                "completion",
+                "result_bytes",
+                "cleared_gradients",
+                "outcome_segment",
+                "outcome_offset",
+                "outcome_length",
+            )
+        }
+    )
+)
+_ADVANCE = (
+    update(models)
+    .where(and_(models.c.model_id == bindparam("model"), models.c.applied_seq < bindparam("seq")))
+    .values(applied_seq=bindparam("seq"))
+)
+_UNLOAD = update(models).where(models.c.model_id == bindparam("model")).values(state="unloaded")
+
+
+def complete(transaction: Transaction, completions: list[Completion]) -> list[Entry]:
+    """The ended entries. One that had ended before stays as it was (repeated=True), and its `also` is left out.
+
+    The entry of an unknown request is a KeyError. A stream that is a model's has its applied_seq advanced; a done
+    unload_model makes the model unloaded.
+    """
+    connection = transaction.connection
+    known = _by_request_id(connection, [completion.request_id for completion in completions])
+    rows: list[dict[str, Any]] = []
+    applied: dict[str, int] = {}
+    unloaded: list[dict[str, str]] = []
+    results: list[Entry] = []
+    for completion in completions:
+        before = known.get(completion.request_id)
+        if before is None:
+            raise KeyError(f"no operation {completion.request_id!r} was ever accepted")
+        if before.state != "accepted":
+            results.append(_repeat(before))
+            continue
+        row = {
+            "key": completion.request_id,
+            "state": "failed" if completion.failed else "done",
+            "ended_at": completion.ended_at,
+            "completion": transaction.next_completion(),
+            "result_bytes": completion.result_bytes,
+            "cleared_gradients": completion.cleared_gradients,
+            **_place("outcome", transaction.store(completion.outcome)),
+        }
+        rows.append(row)
+        applied[before.stream] = max(before.seq_id, applied.get(before.stream, -1))
+        if before.kind == "unload_model" and not completion.failed:
+            unloaded.append({"model": before.stream})
+        for record in completion.also:
+            catalog.put(transaction, record)
+        known[completion.request_id] = replace(
+            before,
+            state=row["state"],
+            completion=row["completion"],
+            result_bytes=row["result_bytes"],
+            cleared_gradients=row["cleared_gradients"],
+        )
+        results.append(known[completion.request_id])
+    if rows:
+        connection.execute(_COMPLETE, rows)
+        connection.execute(_ADVANCE, [{"model": stream, "seq": seq} for stream, seq in applied.items()])
+    if unloaded:
+        connection.execute(_UNLOAD, unloaded)
+    return results
+
+
+# ---------------------------------------------------------------- reads
+
+
+def find(connection: Connection, key: str) -> Entry | None:
+    """By request id."""
+    return _by_request_id(connection, [key]).get(key)
+
+
+def stored(connection: Connection, key: str) -> Stored | None:
+    """By request id."""
+    row = connection.execute(select(entries).where(entries.c.request_id == key)).first()
+    return None if row is None else Stored(_entry(row._mapping), _blob(row, "payload"), _blob(row, "outcome"))
+
+
+def pending(connection: Connection, stream: str) -> list[Entry]:
+    """Accepted and not ended, by seq_id."""
+    where = and_(entries.c.stream == stream, IS_ACCEPTED)
+    return _list(connection, where, entries.c.seq_id)
+
+
+def pending_streams(connection: Connection) -> list[str]:
+    """The streams in which something was accepted and has not ended."""
+    query = select(entries.c.stream).where(IS_ACCEPTED).distinct()
+    return sorted(connection.scalars(query))
+
+
+def history(connection: Connection, stream: str, after_seq: int) -> list[Entry]:
+    """Ended and refused, by seq_id."""
+    where = and_(entries.c.stream == stream, entries.c.seq_id > after_seq, entries.c.state != "accepted")
+    return _list(connection, where, entries.c.seq_id)
+
+
+def completions(connection: Connection, stream: str, client: int, after: int) -> list[Entry]:
+    """Ended entries of one client of a sampler, in order of completion, behind the one numbered `after`."""
+    first = client * CLIENT_SEQ_IDS
+    where = and_(
+        entries.c.stream == stream,
+        entries.c.completion > after,
+        entries.c.seq_id.between(first, first + CLIENT_SEQ_IDS - 1),
+    )
+    return _list(connection, where, entries.c.completion)
+
+
+def highest_seq(connection: Connection, stream: str) -> int:
+    """-1 for an empty stream."""
+    highest = connection.scalar(select(func.max(entries.c.seq_id)).where(entries.c.stream == stream))
+    return -1 if highest is None else highest
+
+
+def last_step(connection: Connection, stream: str) -> int:
+    """seq_id of the newest optim_step that left no accumulated gradients; -1 if there is none."""
+    query = select(func.max(entries.c.seq_id)).where(
+        entries.c.stream == stream,
+        entries.c.kind == "optim_step",
+        (entries.c.state == "done") | entries.c.cleared_gradients,
+    )
+    highest = connection.scalar(query)
+    return -1 if highest is None else highest
+
+
+def highest_completion(connection: Connection) -> int:
+    return connection.scalar(select(func.max(entries.c.completion))) or 0
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _by_request_id(connection: Connection, keys: Sequence[str]) -> dict[str, Entry]:
+    if not keys:
+        return {}
+    rows = connection.execute(select(*_ENTRY_COLUMNS).where(entries.c.request_id.in_(keys)))
+    return {row.request_id: _entry(row._mapping) for row in rows}
+
+
+def _list(connection: Connection, where: Any, order: Any) -> list[Entry]:
+    rows = connection.execute(select(*_ENTRY_COLUMNS).where(where).order_by(order))
+    return [_entry(row._mapping) for row in rows]
+
+
+def _entry(row: Any) -> Entry:
+    return Entry(expired=row["expired_at"] is not None, **{name: row[name] for name in _ENTRY_FIELDS})
+
+
+def _repeat(entry: Entry) -> Entry:
+    return replace(entry, repeated=True)
+
+
+def _place(name: str, blob: Blob | None) -> dict[str, int | None]:
+    segment, offset, length = blob or (None, None, None)
+    return {f"{name}_segment": segment, f"{name}_offset": offset, f"{name}_length": length}
+
+
+def _blob(row: Row[Any], name: str) -> Blob | None:
+    segment, offset, length = (row._mapping[f"{name}_{part}"] for part in Blob._fields)
+    return None if segment is None else Blob(segment, offset, length)

@@ -1,0 +1,34 @@
+"""One server for each data directory."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+
+class DataDirInUse(Exception):
+    """Another process works in the data directory."""
+
+
+class DataDirLock:
+    """An operating-system lock on `<data_dir>/ledger.lock`: it ends with its process, however that ends."""
+
+    def __init__(self, data_dir: Path) -> None:
+        """Raises `DataDirInUse` with the holder's process id."""
+        file = data_dir / "ledger.lock"
+        self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._file, 32, 0).decode() or "unknown"
+            os.close(self._file)
+            raise DataDirInUse(
+                f"{data_dir} is in use by another server (process {holder}): stop that one, or give this one a data "
+                "directory of its own (--data-dir)"
+            ) from None
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, str(os.getpid()).encode(), 0)
+
+    def release(self) -> None:
+        os.close(self._file)

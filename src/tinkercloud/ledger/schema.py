@@ -1,0 +1,144 @@
+"""The ledger's tables.
+
+SQL holds what is searched and ordered; payloads and outcomes lie in segment files (`segments.py`) and are named here by
+(segment, offset, length). A change here needs a migration beside `migrations/versions/0001_initial.py`; a test compares
+the two.
+"""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, text
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+_JSON = JSON(none_as_null=True)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("session_id", String, primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("last_heartbeat", Float, nullable=False),
+    Column("state", String, nullable=False),
+    Column("sdk_version", String, nullable=False),
+    Column("tags", _JSON, nullable=False),
+    Column("user_metadata", _JSON, nullable=False),
+    Column("display_name", String),
+    Column("project_id", String),
+    Column("finish_reason", String),
+    Index(None, "owner", "created_at"),
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("model_id", String, primary_key=True),
+    Column("session_id", String, nullable=False),
+    Column("model_seq_id", BigInteger, nullable=False),
+    Column("owner", String, nullable=False),
+    Column("base_model", String, nullable=False),
+    Column("lora", _JSON, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("last_request_at", Float, nullable=False),
+    Column("state", String, nullable=False),
+    Column("applied_seq", BigInteger, nullable=False),
+    Column("user_metadata", _JSON, nullable=False),
+    Index(None, "session_id", "model_seq_id", unique=True),
+    Index(None, "owner", "created_at"),
+)
+
+samplers = Table(
+    "samplers",
+    metadata,
+    Column("sampler_id", String, primary_key=True),
+    Column("session_id", String, nullable=False),
+    Column("owner", String, nullable=False),
+    Column("base_model", String, nullable=False),
+    Column("model_path", String),
+    Column("folder", String, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("clients", Integer, nullable=False),
+    Index(None, "session_id"),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("path", String, primary_key=True),
+    Column("model_id", String, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("owner", String, nullable=False),
+    Column("base_model", String, nullable=False),
+    Column("lora", _JSON, nullable=False),
+    Column("folder", String, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("public", Boolean, nullable=False),
+    Column("user_metadata", _JSON),
+    Index(None, "model_id"),
+    Index(None, "owner", "created_at"),
+)
+
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("model_id", String, primary_key=True),
+    Column("seq_id", BigInteger, primary_key=True, autoincrement=False),
+    Column("folder", String, nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
+entries = Table(
+    "entries",
+    metadata,
+    Column("request_id", String, primary_key=True),
+    Column("stream", String, nullable=False),
+    Column("seq_id", BigInteger, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("state", String, nullable=False),
+    Column("num_tokens", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("ended_at", Float),
+    Column("retrieved_at", Float),
+    Column("completion", BigInteger, nullable=False),
+    Column("result_bytes", BigInteger, nullable=False),
+    Column("cleared_gradients", Boolean, nullable=False),
+    Column("expired_at", Float),
+    Column("details", _JSON, nullable=False),
+    Column("payload_segment", Integer),
+    Column("payload_offset", BigInteger),
+    Column("payload_length", BigInteger),
+    Column("outcome_segment", Integer),
+    Column("outcome_offset", BigInteger),
+    Column("outcome_length", BigInteger),
+    Index(None, "stream", "seq_id", unique=True),
+    Index(None, "stream", "completion"),
+    Index(None, "completion"),
+)
+"""One row for each operation; (stream, seq_id) is its place, `completion` the order in which operations ended."""
+
+IS_ACCEPTED = text("state = 'accepted'")
+"""The condition of a partial index; a query must say it in the same words to use it."""
+
+IS_KEPT = text("expired_at IS NULL")
+"""Likewise: the entry's payload and outcome are still there."""
+
+Index("ix_entries_accepted", entries.c.stream, sqlite_where=IS_ACCEPTED, postgresql_where=IS_ACCEPTED)
+Index("ix_entries_kept", entries.c.ended_at, sqlite_where=IS_KEPT, postgresql_where=IS_KEPT)
+
+segments = Table(
+    "segments",
+    metadata,
+    Column("segment", Integer, primary_key=True, autoincrement=False),
+    Column("blobs", BigInteger, nullable=False),
+)
+"""How many blobs of each segment file are still referenced; at 0 the file can go."""

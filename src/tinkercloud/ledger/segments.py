@@ -1,0 +1,120 @@
+"""Append-only files that hold payloads and outcomes.
+
+A segment file is a row of blobs, each behind a header of its length and CRC-32. Nothing in a file says where its blobs
+are: SQL points at them, and only after they were synced. So whatever a crash leaves behind the last referenced blob is
+unreachable and needs no repair.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+SEGMENT_BYTES = 64 * 2**20
+"""A segment file that has reached this size is followed by a new one."""
+
+_HEADER = struct.Struct("<QI")
+_SUFFIX = ".seg"
+_sync_data = getattr(os, "fdatasync", os.fsync)
+
+
+class Corrupt(Exception):
+    """A stored blob is not what was written: the disk, or someone, has changed it."""
+
+
+class Blob(NamedTuple):
+    """Where a blob lies: its file, the place of its header (bytes), and its own length (bytes)."""
+
+    segment: int
+    offset: int
+    length: int
+
+
+def path(folder: Path, segment: int) -> Path:
+    return folder / f"{segment:08d}{_SUFFIX}"
+
+
+def present(folder: Path) -> list[int]:
+    """The segments that have a file, oldest first."""
+    return sorted(int(file.stem) for file in folder.glob(f"*{_SUFFIX}"))
+
+
+def read(folder: Path, blob: Blob) -> bytes:
+    """The blob's bytes, checked. Raises `Corrupt`; FileNotFoundError if its segment was deleted after it expired."""
+    file = path(folder, blob.segment)
+    with file.open("rb", buffering=0) as stream:
+        stored = os.pread(stream.fileno(), _HEADER.size + blob.length, blob.offset)
+    data = memoryview(stored)[_HEADER.size :]
+    if len(stored) < _HEADER.size or _HEADER.unpack_from(stored) != (len(data), zlib.crc32(data)):
+        raise Corrupt(
+            f"{file}: the {blob.length} bytes at offset {blob.offset} are damaged (length or checksum differs). "
+            "Restore the data directory from a backup, or delete what uses them."
+        )
+    return bytes(data)
+
+
+class SegmentWriter:
+    """Appends blobs to the newest segment. One thread at a time."""
+
+    def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._segment_bytes = segment_bytes
+        self._dirty = False
+        self._open(max(present(folder), default=1))
+
+    def _open(self, segment: int) -> None:
+        file = path(self._folder, segment)
+        is_new = not file.exists()
+        self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.segment = segment
+        self.end = os.fstat(self._file).st_size
+        if is_new:
+            folder = os.open(self._folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def append(self, data: bytes) -> Blob:
+        """Write a blob; it is on disk after the next `sync`. Raises OSError, such as when the disk is full."""
+        if self.end >= self._segment_bytes:
+            self.sync()
+            os.close(self._file)
+            self._open(self.segment + 1)
+        blob = Blob(self.segment, self.end, len(data))
+        self._dirty = True
+        for part in (_HEADER.pack(len(data), zlib.crc32(data)), data):
+            rest = memoryview(part)
+            while rest:
+                written = os.pwrite(self._file, rest, self.end)
+                rest = rest[written:]
+                self.end += written
+        return blob
+
+    def sync(self) -> None:
+        """Return when every appended blob is on disk."""
+        if self._dirty:
+            _sync_data(self._file)
+            self._dirty = False
+
+    def position(self) -> tuple[int, int]:
+        """(segment, end), to `rewind` to."""
+        return self.segment, self.end
+
+    def rewind(self, position: tuple[int, int]) -> None:
+        """Give back the space of blobs appended since `position`; nothing may refer to them."""
+        segment, end = position
+        if self.segment != segment:
+            os.close(self._file)
+            for newer in range(segment + 1, self.segment + 1):
+                path(self._folder, newer).unlink(missing_ok=True)
+            self._open(segment)
+        os.ftruncate(self._file, end)
+        self.end = end
+
+    def close(self) -> None:
+        os.close(self._file)

@@ -1,0 +1,187 @@
+"""Group commit: one thread turns all writes that wait into one transaction.
+
+A write is a function over a list of arguments (so that 1,000 appends become one INSERT) and one of those arguments.
+What waits when a commit ends makes up the next one, so under load the cost of reaching the disk is shared, and alone a
+write does not wait for company. No waiter hears of its write before blobs and SQL are both on disk, blobs first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import queue
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, Engine, insert, update
+from sqlalchemy.exc import DBAPIError
+
+from tinkercloud.errors import Unavailable
+from tinkercloud.ledger.schema import segments as segments_table
+from tinkercloud.ledger.segments import Blob, SegmentWriter
+
+MAX_BATCH_WRITES = 1024
+MAX_BATCH_BYTES = 64 * 2**20
+"""Bytes of blobs after which a batch is closed."""
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class DiskFull(Unavailable):
+    """A write did not fit on the disk; nothing of it is kept. Works again when there is space."""
+
+
+class Transaction:
+    """What a write function works with: a connection, a place for blobs, and the order of completion."""
+
+    def __init__(self, connection: Connection, segments: SegmentWriter, completions: Iterator[int]) -> None:
+        self.connection = connection
+        self._segments = segments
+        self._completions = completions
+        self._blobs: Counter[int] = Counter()
+
+    def store(self, data: bytes) -> Blob | None:
+        """Append a blob; None for empty data, which needs no place."""
+        if not data:
+            return None
+        blob = self._segments.append(data)
+        self._blobs[blob.segment] += 1
+        return blob
+
+    def release(self, segment: int, blobs: int) -> None:
+        """That many blobs of a segment are no longer referenced."""
+        self._blobs[segment] -= blobs
+
+    def next_completion(self) -> int:
+        return next(self._completions)
+
+    def count_blobs(self) -> None:
+        """Write how many blobs of each segment are referenced."""
+        table = segments_table
+        for segment, change in self._blobs.items():
+            known = update(table).where(table.c.segment == segment).values(blobs=table.c.blobs + change)
+            if change and self.connection.execute(known).rowcount == 0:
+                self.connection.execute(insert(table).values(segment=segment, blobs=change))
+
+
+WriteFunction = Callable[[Transaction, list[Any]], list[Any]]
+"""Applies its arguments in order and returns a result for each. May run again after a rollback."""
+
+
+class _Write(NamedTuple):
+    function: WriteFunction
+    argument: Any
+    size: int
+    waiter: asyncio.Future[Any]
+
+
+class Writer:
+    """The only thread that writes to the ledger's database and segments."""
+
+    def __init__(self, engine: Engine, segments: SegmentWriter, completions: Iterator[int]) -> None:
+        """`completions` gives numbers above every one in the database. Call on the event loop."""
+        self._engine = engine
+        self._segments = segments
+        self._completions = completions
+        self._loop = asyncio.get_running_loop()
+        self._queue: queue.SimpleQueue[_Write | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
+        self._thread.start()
+
+    async def write(self, function: WriteFunction, argument: Any, size: int = 0) -> Any:
+        """The function's result for this argument, once it is on disk. `size` is that of its blobs, in bytes.
+
+        Raises what the function raised for it alone, and `DiskFull`. A cancelled caller's write still happens.
+        """
+        if self._closed:
+            raise RuntimeError("the ledger is closed")
+        waiter = self._loop.create_future()
+        self._queue.put(_Write(function, argument, size, waiter))
+        return await waiter
+
+    async def close(self) -> None:
+        """Return when everything that was handed in is on disk and the thread has ended."""
+        self._closed = True
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    # ------------------------------------------------------------ the thread
+
+    def _run(self) -> None:
+        while batch := self._next_batch():
+            self._commit(batch)
+
+    def _next_batch(self) -> list[_Write]:
+        """All that waits, at least one; empty when the writer was closed and nothing is left."""
+        batch: list[_Write] = []
+        size = 0
+        while len(batch) < MAX_BATCH_WRITES and size < MAX_BATCH_BYTES:
+            try:
+                write = self._queue.get(block=not batch)
+            except queue.Empty:
+                break
+            if write is None:
+                if batch:
+                    self._queue.put(None)
+                break
+            batch.append(write)
+            size += write.size
+        return batch
+
+    def _commit(self, batch: list[_Write]) -> None:
+        """Write a batch. If something in it fails, find it by halving, so that it fails alone."""
+        try:
+            results = self._transact(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                self._loop.call_soon_threadsafe(_fail, batch[0].waiter, _explained(error))
+                return
+            middle = len(batch) // 2
+            self._commit(batch[:middle])
+            self._commit(batch[middle:])
+        else:
+            self._loop.call_soon_threadsafe(_resolve, batch, results)
+
+    def _transact(self, batch: list[_Write]) -> list[Any]:
+        results: list[Any] = []
+        start = self._segments.position()
+        with self._engine.connect() as connection:
+            transaction = Transaction(connection, self._segments, self._completions)
+            try:
+                for function, writes in groupby(batch, key=lambda write: write.function):
+                    results += function(transaction, [write.argument for write in writes])
+                transaction.count_blobs()
+                self._segments.sync()
+            except BaseException:
+                connection.rollback()
+                self._segments.rewind(start)
+                raise
+            # From here on a failure may come after the commit has reached the disk: the blobs stay.
+            connection.commit()
+        return results
+
+
+def _resolve(batch: list[_Write], results: list[Any]) -> None:
+    for write, result in zip(batch, results, strict=True):
+        if not write.waiter.done():
+            write.waiter.set_result(result)
+
+
+def _fail(waiter: asyncio.Future[Any], error: Exception) -> None:
+    if not waiter.done():
+        waiter.set_exception(error)
+
+
+def _explained(error: Exception) -> Exception:
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    sqlite_code = getattr(cause, "sqlite_errorcode", None)
+    if sqlite_code == sqlite3.SQLITE_FULL or (isinstance(cause, OSError) and cause.errno in _NO_SPACE):
+        full = DiskFull("the server's disk is full: free space in its data directory; nothing was recorded")
+        full.__cause__ = error
+        return full
+    return error
