@@ -1,5 +1,6 @@
-"""The control process: builds every room, serves HTTP until it is told to stop, and leaves a state that starts again."""
+"""The control process: builds every room, serves HTTP until told to stop, and leaves a state that starts again."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import asyncio

@@ -13,8 +13,8 @@ from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals, within
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import ServedModel
-from tinkercloud.control.outcomes import SaveDetails, conclude, details_of
 from tinkercloud.control.folders import checkpoint_path
+from tinkercloud.control.outcomes import SaveDetails, conclude, details_of
 from tinkercloud.control.training_run import ReplayError, TrainingRun
 from tinkercloud.engine.types import ClearGradients, DropModel, Failure, Result
 from tinkercloud.errors import Unavailable

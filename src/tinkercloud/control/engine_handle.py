@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tinkercloud.codec import decode
 from tinkercloud.engine.messages import (
@@ -47,8 +48,10 @@ class EngineLoadError(Exception):
 class EngineHandle:
     """One run of one engine process; a restart is a new handle."""
 
-    def __init__(self, options: EngineOptions, on_progress: Callable[[float, str], None]):
+    def __init__(self, options: EngineOptions, data_dir: Path, on_progress: Callable[[float, str], None]):
+        """`data_dir`: what the folders in operations are relative to."""
         self._options = options
+        self._data_dir = data_dir
         self._on_progress = on_progress
         self._ids = itertools.count()
         self._waiting: dict[int, asyncio.Future] = {}
@@ -66,6 +69,7 @@ class EngineHandle:
                 str(theirs.fileno()),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
+                cwd=self._data_dir,
                 env=os.environ | _thread_environment(),
                 start_new_session=True,  # Ctrl-C at the terminal is the control process's to handle
             )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle, EngineLoadError
 from tinkercloud.engine.types import BaseModelInfo, EngineOptions
@@ -26,8 +27,11 @@ OnProgress = Callable[[str, float, str], None]
 class ServedModel:
     """One base model: how to load it, what is known of it, and the engine process that has it now."""
 
-    def __init__(self, options: EngineOptions, lazy: bool, idle_seconds: float, on_progress: OnProgress):
+    def __init__(
+        self, options: EngineOptions, data_dir: Path, lazy: bool, idle_seconds: float, on_progress: OnProgress
+    ):
         self.options = options
+        self._data_dir = data_dir
         self.lazy = lazy
         self.idle_seconds = idle_seconds
         self.state = "idle"
@@ -93,7 +97,7 @@ class ServedModel:
         while True:
             started = time.monotonic()
             await self._enter("loading" if self.info is None else "restarting" if failures else "loading")
-            handle = EngineHandle(self.options, self._progress)
+            handle = EngineHandle(self.options, self._data_dir, self._progress)
             try:
                 self.info = await handle.start()
                 self._handle = handle
@@ -128,14 +132,15 @@ class ServedModel:
 class ServedModels:
     """All base models of a server, by the names that clients use."""
 
-    def __init__(self, on_progress: OnProgress):
+    def __init__(self, data_dir: Path, on_progress: OnProgress):
         self._models: dict[str, ServedModel] = {}
+        self._data_dir = data_dir
         self._on_progress = on_progress
         self._was_ready = False
 
     def add(self, options: EngineOptions, lazy: bool, idle_seconds: float) -> ServedModel:
         """Serve one more base model; a lazy one loads when it is first used."""
-        model = self._models[options.name] = ServedModel(options, lazy, idle_seconds, self._on_progress)
+        model = self._models[options.name] = ServedModel(options, self._data_dir, lazy, idle_seconds, self._on_progress)
         if not lazy:
             model.start()
         return model
@@ -153,7 +158,7 @@ class ServedModels:
             raise NotFound(f"base model {name!r} is not served here; served are: {served}")
         return self._models[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[ServedModel]:
         return iter(list(self._models.values()))
 
     def __contains__(self, name: str) -> bool:

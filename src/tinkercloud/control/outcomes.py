@@ -67,7 +67,7 @@ def conclude(entry: Entry, model: ModelRecord, result: Result) -> tuple[Outcome,
             return result, []
         case "create_model", _, _:
             return ModelCreated(model.model_id), []
-        case ("save_weights" | "save_weights_for_sampler"), SaveOutput(), SaveDetails() as details:
+        case (("save_weights" | "save_weights_for_sampler"), SaveOutput(), SaveDetails() as details):
             checkpoint = CheckpointRecord(
                 path=checkpoint_path(model.model_id, details.kind, details.name),
                 model_id=model.model_id,

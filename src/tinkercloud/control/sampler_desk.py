@@ -23,7 +23,7 @@ MAX_DEATHS = 2
 
 
 class SamplerDesk:
-    """Samples pass straight through to the engine, whose own loop batches them; the desk only keeps their samplers open.
+    """Samples pass straight through to the engine, whose own loop batches them; the desk keeps their samplers open.
 
     At most `open_samplers` are open in the engine; beyond that the least recently used one without running samples is
     closed (its weights stay on disk and are opened again when needed).

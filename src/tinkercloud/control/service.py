@@ -55,7 +55,7 @@ class Service:
     def __init__(self, settings: Settings, ledger: Ledger, on_progress: OnProgress):
         self.settings = settings
         self._ledger = ledger
-        self._models = ServedModels(on_progress)
+        self._models = ServedModels(settings.data_dir, on_progress)
         self._arrivals = Arrivals()
         self._conductors: dict[str, Conductor] = {}
         self._desks: dict[str, SamplerDesk] = {}
@@ -255,7 +255,12 @@ class Service:
         return await self._begin(session, model, "load_weights", load, remember(LoadDetails(checkpoint.path)))
 
     def _new_model(
-        self, session: SessionRecord, model_seq_id: int, base_model: str, lora: LoraConfig, user_metadata: dict[str, Any]
+        self,
+        session: SessionRecord,
+        model_seq_id: int,
+        base_model: str,
+        lora: LoraConfig,
+        user_metadata: dict[str, Any],
     ) -> ModelRecord:
         now = time.time()
         return ModelRecord(
@@ -290,7 +295,7 @@ class Service:
         if model is None or model.owner != owner:
             raise NotFound(f"there is no training run {model_id!r}; create one with create_lora_training_client")
         if model.state == "unloaded":
-            raise NotFound(f"training run {model_id} was unloaded; create a new training client from its last checkpoint")
+            raise NotFound(f"training run {model_id} was unloaded; create a new one from its last checkpoint")
         return model
 
     async def submit(
@@ -337,7 +342,9 @@ class Service:
         kind = "save_weights_for_sampler" if for_sampler else "save_weights"
         return await self._append(model, seq_id, kind, save, details=remember(details))
 
-    async def save_ephemeral_sampler(self, model: ModelRecord, seq_id: int | None, sampling_session_seq_id: int) -> Entry:
+    async def save_ephemeral_sampler(
+        self, model: ModelRecord, seq_id: int | None, sampling_session_seq_id: int
+    ) -> Entry:
         """Append the making of a sampler from the model's weights at this point of its log."""
         sampler_id = f"{model.session_id}:sample:{sampling_session_seq_id}"
         save = SaveWeights(model.model_id, sampler_folder(sampler_id), replace=True)

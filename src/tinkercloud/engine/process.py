@@ -145,7 +145,7 @@ def _load(options: EngineOptions, sock: socket.socket) -> tuple[Trainer, Sampler
 
 def main(fd: int) -> None:
     """Serve the control process at the other end of an inherited socket."""
-    logging.basicConfig(level=os.environ.get("TINKERCLOUD_LOG_LEVEL", "INFO"), format="%(asctime)s %(levelname)s engine %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s engine: %(message)s")
     sock = socket.socket(fileno=fd)
     start = receive(sock)
     if not isinstance(start, Start):

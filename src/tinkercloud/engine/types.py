@@ -54,7 +54,7 @@ class Datum(Struct, frozen=True):
 
 
 class AdamParams(Struct, frozen=True):
-    """One AdamW step (SDK `types.AdamParams`, with its defaults). Weight decay is decoupled, as in `torch.optim.AdamW`."""
+    """One AdamW step (SDK `types.AdamParams`, with its defaults); weight decay is decoupled."""
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
