@@ -47,10 +47,14 @@ class Tokenizer:
         self._folder = folder
         self._trust_remote_code = trust_remote_code
         self._tokenizer: Any = None
+        self._size = 0
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of the tokens, special tokens included, nothing cleaned up."""
-        return self._load().decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        """Text of the tokens, special tokens included, nothing cleaned up; ids that only pad the model's vocabulary are
+        no text."""
+        tokenizer = self._load()
+        known = [token for token in tokens if token < self._size]
+        return tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def stop_condition(self, params: SamplingParams) -> StopCondition:
         """Raises `OperationError` for stop strings without a tokenizer to find them with, or empty ones."""
@@ -74,4 +78,5 @@ class Tokenizer:
                     f"stop strings need the model's tokenizer, and {Path(self._folder).name!r} has none that loads "
                     f"({error}); use stop token ids instead"
                 ) from error
+            self._size = len(self._tokenizer)
         return self._tokenizer
