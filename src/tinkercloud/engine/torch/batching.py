@@ -36,6 +36,10 @@ class ContinuousBatch:
     def busy(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
     def add(self, request: Request) -> None:
         """Let a request's sequences wait for their turn."""
         self._waiting.extend(request.sequences)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.torch.adapter import frozen_weights
 from tinkercloud.engine.torch.batching import ContinuousBatch, Turn
-from tinkercloud.engine.torch.checkpoints import load_frozen
+from tinkercloud.engine.torch.checkpoints import read_adapter
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, pages_for
-from tinkercloud.engine.torch.lora import BASE_ONLY, LoraBatch, Segment
+from tinkercloud.engine.torch.lora import BASE_ONLY, AdapterWeights, LoraBatch, Segment
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.paged_attention import CacheRows, PagedAttention
 from tinkercloud.engine.torch.sampling import check_params, draw, top_logprobs
@@ -61,9 +63,11 @@ class TorchSampler:
         adapter = None
         if operation.folder:
             try:
-                adapter = load_frozen(self._model, operation.folder)
+                adapter = self._load(Path(operation.folder))
             except OperationError as error:
                 return Failure(str(error), "user")
+            except OSError as error:
+                return Failure(f"the sampler's weights cannot be read: {error}", "server")
         self._opened += 1
         self._samplers[operation.sampler_id] = OpenedSampler(self._opened, operation.folder, adapter)
         return Done()
@@ -101,6 +105,11 @@ class TorchSampler:
         """Pages of the KV cache that sequences hold; 0 when nothing runs."""
         return self._cache.used
 
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold pages; the rest wait."""
+        return self._batch.num_running
+
     def step(self) -> list[tuple[str, Result]]:
         """Admit what fits, run every running sequence's next tokens, answer what has ended."""
         with torch.inference_mode():
@@ -109,6 +118,11 @@ class TorchSampler:
                 self._advance(turns)
         ended, self._ended = self._ended, []
         return ended
+
+    def _load(self, folder: Path) -> AdapterWeights:
+        saved = read_adapter(folder, self._model)
+        parameters = saved.parameters.to(self._model.device)
+        return frozen_weights(saved.layout, parameters, saved.config.alpha / saved.config.rank, self._model.dtype)
 
     def _checked(self, operation: Sample) -> Request:
         """The request behind an operation. Raises `OperationError`."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from tinkercloud.engine.torch.adapter import AdapterWeights
+from tinkercloud.engine.torch.lora import AdapterWeights
 from tinkercloud.engine.torch.sampling import random_stream, without_distribution
 from tinkercloud.engine.torch.stopping import StopCondition
 from tinkercloud.engine.types import Sample, SampledSequence, SampleOutput, TopLogprobs

@@ -19,6 +19,9 @@ Decode = Callable[[Sequence[int]], str]
 WINDOW_MARGIN = 4
 """Tokens decoded before those that can hold the stop string: the most bytes of one UTF-8 character."""
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+"""Files that hold a tokenizer's vocabulary. transformers makes an empty tokenizer for a folder without any."""
+
 
 class StopCondition:
     """The stop tokens and strings of one request. Has no state: one serves all samples of the request."""
@@ -44,7 +47,7 @@ class Tokenizer:
     """The base model's own tokenizer, loaded when a request first has stop strings."""
 
     def __init__(self, folder: str, trust_remote_code: bool = False) -> None:
-        self._folder = folder
+        self._folder = Path(folder)
         self._trust_remote_code = trust_remote_code
         self._tokenizer: Any = None
         self._size = 0
@@ -69,13 +72,18 @@ class Tokenizer:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
+            if not any((self._folder / name).is_file() for name in _VOCABULARIES):
+                raise OperationError(
+                    f"stop strings need the model's tokenizer, and there is none in {self._folder.name!r}; "
+                    "use stop token ids instead"
+                )
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     self._folder, local_files_only=True, trust_remote_code=self._trust_remote_code
                 )
             except (OSError, ValueError) as error:
                 raise OperationError(
-                    f"stop strings need the model's tokenizer, and {Path(self._folder).name!r} has none that loads "
+                    f"stop strings need the model's tokenizer, and the one in {self._folder.name!r} does not load "
                     f"({error}); use stop token ids instead"
                 ) from error
             self._size = len(self._tokenizer)
