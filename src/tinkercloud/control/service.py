@@ -7,6 +7,7 @@ is written to the ledger before a method returns.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import shutil
 import time
@@ -289,11 +290,16 @@ class Service:
                 await self._add_run(model)
         return entry
 
-    async def model(self, model_id: str, owner: str) -> ModelRecord:
-        """NotFound if there is none (or it was unloaded)."""
+    async def training_run(self, model_id: str, owner: str) -> ModelRecord:
+        """A model's record, also after it was unloaded. NotFound if there is none."""
         model = await self._ledger.get(ModelRecord, model_id)
         if model is None or model.owner != owner:
             raise NotFound(f"there is no training run {model_id!r}; create one with create_lora_training_client")
+        return model
+
+    async def model(self, model_id: str, owner: str) -> ModelRecord:
+        """NotFound if there is none (or it was unloaded)."""
+        model = await self.training_run(model_id, owner)
         if model.state == "unloaded":
             raise NotFound(f"training run {model_id} was unloaded; create a new one from its last checkpoint")
         return model
@@ -443,6 +449,18 @@ class Service:
             )
         )
 
+    async def unbound_sampler(self, owner: str, base_model: str | None, path: str | None) -> SamplerRecord:
+        """The sampler of requests that name weights instead of a sampling session: one for the same weights, in one
+        session of the owner's that is made for all of these."""
+        now = time.time()
+        session = await self._ledger.insert(
+            SessionRecord(
+                session_id=f"unbound-{owner}", owner=owner, created_at=now, last_heartbeat=now, state="active"
+            )
+        )
+        weights = hashlib.sha256(f"{base_model} {path}".encode()).digest()
+        return await self.create_sampler(session, int.from_bytes(weights[:4]), base_model, path)
+
     async def sampler(self, sampler_id: str, owner: str) -> SamplerRecord:
         """NotFound."""
         sampler = await self._ledger.get(SamplerRecord, sampler_id)
@@ -456,8 +474,8 @@ class Service:
         assert number is not None, "samplers are never removed"
         return number
 
-    async def sample(self, sampler: SamplerRecord, seq_id: int, operation: Sample) -> Entry:
-        """Accept a sample. Overloaded if too many wait."""
+    async def sample(self, sampler: SamplerRecord, seq_id: int | None, operation: Sample) -> Entry:
+        """Accept a sample; `seq_id` None takes the next free one. Overloaded if too many wait."""
         desk = self._desk(sampler.base_model)
         if desk.pending >= self.settings.max_pending_samples:
             raise Overloaded(f"{desk.pending} samples wait for {sampler.base_model} already; send this one again later")

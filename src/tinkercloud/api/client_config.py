@@ -1,0 +1,51 @@
+"""What the SDK asks before anything else: how to talk to this server, and a token to do it with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from tinkercloud.api.auth import Owner, issue_token
+from tinkercloud.api.dependencies import body_of
+from tinkercloud.api.wire import json as wire
+
+router = APIRouter(tags=["client"])
+
+FLAGS = {
+    "pjwt_auth_enabled": False,
+    "parallel_fwdbwd_chunks": True,
+    "proto_compress_fwdbwd": True,
+    "proto_write_fwdbwd": True,  # SDKs before 0.23 send JSON without it, and to /forward without the next
+    "fwd_via_fwdbwd": True,
+    "fwdbwd_max_chunk_len": 1024,  # datums
+    "fwdbwd_max_chunk_bytes_count": 5_000_000,
+    "sample_max_concurrent_requests": 2000,
+    "sample_use_retrieve_futures": False,
+    "sample_join_sampling_session": False,
+    "custom_loss_server_side": False,
+}
+"""The SDK's `ClientConfigResponse`; what is not here has the SDK's own default."""
+
+DYNAMIC_FLAGS = {"refresh_interval_sec": 300, "sample_cancel_enabled": False}
+"""The SDK's `ClientDynamicConfigResponse`."""
+
+
+@router.post("/client/config", openapi_extra=body_of(wire.ClientConfig))
+async def client_config(request: Request) -> dict[str, Any]:
+    """Flags that an SDK reads when it starts; the same for every version, since each ignores what it does not know."""
+    await wire.read(request, wire.ClientConfig)
+    return FLAGS
+
+
+@router.post("/client/dynamic_config", openapi_extra=body_of(wire.ClientConfig))
+async def client_dynamic_config(request: Request) -> dict[str, Any]:
+    """Flags that an SDK reads again every few minutes."""
+    await wire.read(request, wire.ClientConfig)
+    return DYNAMIC_FLAGS
+
+
+@router.post("/auth/token")
+async def auth_token(request: Request, owner: Owner) -> dict[str, Any]:
+    """A short-lived JWT in exchange for the key."""
+    return {"jwt": issue_token(owner, request.app.state.settings.data_dir)}

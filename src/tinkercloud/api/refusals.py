@@ -1,0 +1,57 @@
+"""A refused operation of a training run uses up its seq_id: the SDK goes on with the next one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from fastapi import Request
+
+from tinkercloud.api.wire.body import Unreadable
+from tinkercloud.api.wire.json import read_json
+from tinkercloud.control.service import Service
+from tinkercloud.engine.types import Failure
+from tinkercloud.errors import Forbidden, InvalidRequest, NotFound
+from tinkercloud.ledger.records import Entry, ModelRecord
+
+PERMANENT = (InvalidRequest, Forbidden, NotFound)
+"""Errors that a repeat of the request would meet again."""
+
+
+@asynccontextmanager
+async def recorded(service: Service, model: ModelRecord, seq_id: int | None, kind: str) -> AsyncIterator[None]:
+    """Record a permanent error in the body of the `async with` as a refusal at its seq_id, and pass it on."""
+    try:
+        yield
+    except PERMANENT as error:
+        await service.refuse(model, seq_id, kind, str(error))
+        raise
+
+
+async def read_operation(request: Request, service: Service, owner: str, kind: str) -> dict[str, Any]:
+    """The JSON body of an operation. One that cannot be decoded is a refusal too, if it still says whose it was."""
+    try:
+        return await read_json(request)
+    except Unreadable as error:
+        await record_unreadable(service, owner, kind, error)
+        raise
+
+
+async def record_unreadable(service: Service, owner: str, kind: str, error: Unreadable) -> None:
+    """Record the refusal of a body that could not be decoded, if there is a log that could wait for it."""
+    if error.address is None:
+        return
+    model_id, seq_id = error.address
+    with suppress(NotFound):
+        await service.refuse(await service.model(model_id, owner), seq_id, kind, str(error))
+
+
+async def accepted(service: Service, owner: str, entry: Entry, kind: str) -> dict[str, Any]:
+    """The SDK's untyped future of an operation. InvalidRequest if its seq_id was refused before, or was another's."""
+    if entry.state == "refused":
+        _, outcome = await service.outcome(entry.request_id, owner, 0)
+        raise InvalidRequest(outcome.error if isinstance(outcome, Failure) else "this operation was refused before")
+    if entry.kind != kind:
+        raise InvalidRequest(f"seq_id {entry.seq_id} of {entry.stream} was a {entry.kind} before; send the next one")
+    return {"request_id": entry.request_id, "model_id": entry.stream}

@@ -1,0 +1,50 @@
+"""Training runs as they are listed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from tinkercloud.api.auth import Owner
+from tinkercloud.api.checkpoints import checkpoint_json
+from tinkercloud.api.dependencies import Limit, Offset, ServiceOf
+from tinkercloud.api.wire.answers import iso, text_metadata
+from tinkercloud.ledger.records import CheckpointRecord, ModelRecord
+
+router = APIRouter(tags=["training runs"])
+
+
+@router.get("/training_runs")
+async def list_training_runs(service: ServiceOf, owner: Owner, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
+    """A page of the owner's training runs, newest first."""
+    models, total = await service.list_models(owner, limit, offset)
+    checkpoints = await service.list_checkpoints(owner, None)
+    runs = [_run_json(model, [c for c in checkpoints if c.model_id == model.model_id]) for model in models]
+    return {"training_runs": runs, "cursor": {"offset": offset, "limit": limit, "total_count": total}}
+
+
+@router.get("/training_runs/{training_run_id}")
+async def get_training_run(training_run_id: str, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+    """One training run, also one that was unloaded."""
+    model = await service.training_run(training_run_id, owner)
+    return _run_json(model, await service.list_checkpoints(owner, training_run_id))
+
+
+def _run_json(model: ModelRecord, checkpoints: list[CheckpointRecord]) -> dict[str, Any]:
+    def newest(kind: str) -> dict[str, Any] | None:
+        of_kind = [checkpoint for checkpoint in checkpoints if checkpoint.kind == kind]
+        return checkpoint_json(max(of_kind, key=lambda checkpoint: checkpoint.created_at)) if of_kind else None
+
+    return {
+        "training_run_id": model.model_id,
+        "base_model": model.base_model,
+        "model_owner": model.owner,
+        "is_lora": True,
+        "corrupted": False,
+        "lora_rank": model.lora.rank,
+        "last_request_time": iso(model.last_request_at),
+        "last_checkpoint": newest("training"),
+        "last_sampler_checkpoint": newest("sampler"),
+        "user_metadata": text_metadata(model.user_metadata),
+    }

@@ -1,0 +1,56 @@
+"""Samplers, and samples from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from tinkercloud.api.auth import Owner
+from tinkercloud.api.dependencies import ServiceOf, body_of
+from tinkercloud.api.validate import sample_from
+from tinkercloud.api.wire import json as wire
+from tinkercloud.errors import InvalidRequest
+
+router = APIRouter(tags=["sampling"])
+
+
+@router.post("/create_sampling_session", openapi_extra=body_of(wire.CreateSamplingSession))
+async def create_sampling_session(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+    """A sampler of a checkpoint (`model_path`) or of a base model. Its weights never change."""
+    given = await wire.read(request, wire.CreateSamplingSession)
+    session = await service.active_session(given.session_id, owner)
+    sampler = await service.create_sampler(session, given.sampling_session_seq_id, given.base_model, given.model_path)
+    return {"type": "create_sampling_session", "sampling_session_id": sampler.sampler_id}
+
+
+@router.get("/samplers/{sampler_id}")
+async def get_sampler(sampler_id: str, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+    """A sampler's base model and the checkpoint that it was made from, if any."""
+    sampler = await service.sampler(sampler_id, owner)
+    return {"sampler_id": sampler.sampler_id, "base_model": sampler.base_model, "model_path": sampler.model_path}
+
+
+@router.post("/join_sampling_session", openapi_extra=body_of(wire.JoinSamplingSession))
+async def join_sampling_session(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+    """A number for one more client of a sampler: its seq_ids begin at 10^9 times it."""
+    given = await wire.read(request, wire.JoinSamplingSession)
+    sampler = await service.sampler(given.sampling_session_id, owner)
+    return {"type": "join_sampling_session", "client_counter": await service.join_sampler(sampler)}
+
+
+@router.post("/asample", openapi_extra=body_of(wire.Sample))
+async def asample(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+    """Draw `num_samples` continuations of a prompt, from a sampling session or from weights named in the request."""
+    given = await wire.read(request, wire.Sample)
+    if given.sampling_session_id is not None:
+        sampler = await service.sampler(given.sampling_session_id, owner)
+    elif given.base_model is not None or given.model_path is not None:
+        sampler = await service.unbound_sampler(owner, given.base_model, given.model_path)
+    else:
+        raise InvalidRequest("send sampling_session_id, model_path or base_model: there is nothing to sample from")
+    operation = sample_from(given, sampler.sampler_id, await service.base_model(sampler.base_model))
+    seq_id = given.seq_id if given.sampling_session_id is not None else None
+    entry = await service.sample(sampler, seq_id, operation)
+    sequence_ids = [f"{entry.request_id}:{number}" for number in range(operation.num_samples)]
+    return {"request_id": entry.request_id, "sample_sequence_ids": sequence_ids}

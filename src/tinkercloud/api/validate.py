@@ -1,0 +1,163 @@
+"""What a request may say, judged against the base model: adapters, names, how to sample."""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+import numpy as np
+
+from tinkercloud.api.wire import json as wire
+from tinkercloud.engine.types import BaseModelInfo, LoraConfig, SamplingParams
+from tinkercloud.engine.types import Sample as SampleOperation
+from tinkercloud.errors import InvalidRequest
+
+MAX_NAME = 128
+"""Characters in a checkpoint's name."""
+MIN_TTL_SECONDS, MAX_TTL_SECONDS = 3600, 10 * 366 * 86400
+"""One hour to ten years."""
+MAX_SAMPLES = 1024
+"""Most continuations in one request."""
+MAX_TOP_LOGPROBS = 256
+"""Most alternatives reported for a position."""
+MAX_STOPS = 64
+"""Most stop sequences in one request."""
+SEEDS = 2**63 - 1
+"""Seeds are folded to [0, 2^63 - 1)."""
+
+_NAME = re.compile(r"\w[\w.+=@,-]*", re.ASCII)
+
+
+def lora_from(given: wire.Lora | None, info: BaseModelInfo) -> LoraConfig:
+    """The adapter to make; a seed that was not given is drawn here, so that it is recorded."""
+    if given is None:
+        raise InvalidRequest("lora_config is required: this server trains LoRA adapters, not whole models")
+    if given.rank < 1:
+        raise InvalidRequest(f"lora_config.rank must be positive, not {given.rank}")
+    if given.rank > info.max_rank:
+        raise InvalidRequest(
+            f"lora_config.rank {given.rank} exceeds max LoRA rank {info.max_rank} for model {info.name}"
+        )
+    if not (given.train_attn or given.train_mlp or given.train_unembed):
+        raise InvalidRequest("nothing to train: set at least one of train_attn, train_mlp and train_unembed")
+    return LoraConfig(
+        rank=given.rank,
+        seed=secrets.randbelow(SEEDS) if given.seed is None else given.seed % SEEDS,
+        train_attn=given.train_attn,
+        train_mlp=given.train_mlp,
+        train_unembed=given.train_unembed,
+    )
+
+
+def check_optimizer(given: wire.OptimizerConfig | None) -> None:
+    """Only AdamW is served."""
+    if given is not None and given.type != "adamw":
+        raise InvalidRequest(f"optimizer_config.type {given.type!r:.80} is not served; use adamw")
+
+
+def check_name(name: str | None, ttl_seconds: int | None) -> None:
+    """A checkpoint's name and its time to live; either may be left out."""
+    if name is not None and (not _NAME.fullmatch(name) or ".." in name or len(name) > MAX_NAME):
+        raise InvalidRequest(
+            f"path {name!r:.200} cannot be a checkpoint's name; use 1 to {MAX_NAME} letters, digits and any of "
+            "_.-+=@, beginning with a letter, a digit or _, without '..'"
+        )
+    if ttl_seconds is not None and not MIN_TTL_SECONDS <= ttl_seconds <= MAX_TTL_SECONDS:
+        raise InvalidRequest(
+            f"ttl_seconds {ttl_seconds} is out of range; use {MIN_TTL_SECONDS} (an hour) to {MAX_TTL_SECONDS} "
+            "(ten years), or leave it out to keep the checkpoint"
+        )
+
+
+def sample_from(given: wire.Sample, sampler_id: str, info: BaseModelInfo) -> SampleOperation:
+    """The sampling operation. Its request id is the ledger's to give."""
+    _check_unserved(given)
+    prompt = wire.tokens_from(given.prompt, "prompt")
+    if not len(prompt):
+        raise InvalidRequest("prompt is empty; send at least one token")
+    _check_vocabulary(prompt, info, "prompt")
+    _between("num_samples", given.num_samples, 1, MAX_SAMPLES)
+    _between("topk_prompt_logprobs", given.topk_prompt_logprobs, 0, min(MAX_TOP_LOGPROBS, info.vocab_size))
+    _between("topk_sample_logprobs", given.topk_sample_logprobs, 0, min(MAX_TOP_LOGPROBS, info.vocab_size))
+    return SampleOperation(
+        request_id="",
+        sampler_id=sampler_id,
+        prompt=prompt,
+        params=_sampling_params(given.sampling_params, len(prompt), info),
+        num_samples=given.num_samples,
+        prompt_logprobs=bool(given.prompt_logprobs),
+        topk_prompt_logprobs=given.topk_prompt_logprobs,
+        topk_sample_logprobs=given.topk_sample_logprobs,
+    )
+
+
+def _check_unserved(given: wire.Sample) -> None:
+    unserved = {
+        "target_prompt_logprobs": given.target_prompt_logprobs is not None,
+        "prompt_alt_tokens_k": given.prompt_alt_tokens_k != 0,
+        "prompt_logprobs_last_n": given.prompt_logprobs_last_n is not None,
+        "record_stability_info": bool(given.record_stability_info),
+    }
+    if used := [name for name, asked in unserved.items() if asked]:
+        raise InvalidRequest(f"this server does not serve {', '.join(used)} yet; leave it out")
+
+
+def _sampling_params(given: wire.SamplingParams, prompt_tokens: int, info: BaseModelInfo) -> SamplingParams:
+    room = info.max_context - prompt_tokens
+    if room < 1:
+        raise InvalidRequest(
+            f"prompt has {prompt_tokens} tokens, and {info.name}'s context window of {info.max_context} "
+            "must hold at least one more"
+        )
+    if given.max_tokens is not None and given.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens must be positive, not {given.max_tokens}")
+    if given.max_tokens is not None and given.max_tokens > room:
+        raise InvalidRequest(
+            "Prompt length plus max_tokens exceeds the model's context window: "
+            f"{prompt_tokens} + {given.max_tokens} > {info.max_context}"
+        )
+    if given.temperature < 0:
+        raise InvalidRequest(f"temperature must be 0 (greedy) or more, not {given.temperature}")
+    if not 0 < given.top_p <= 1:
+        raise InvalidRequest(f"top_p must be above 0 and at most 1, not {given.top_p}")
+    if given.top_k != -1 and given.top_k < 1:
+        raise InvalidRequest(f"top_k must be positive, or -1 for no limit, not {given.top_k}")
+    strings, tokens = _stops(given.stop, info)
+    return SamplingParams(
+        max_tokens=room if given.max_tokens is None else given.max_tokens,
+        seed=secrets.randbelow(SEEDS) if given.seed is None else given.seed % SEEDS,
+        temperature=given.temperature,
+        top_k=-1 if given.top_k >= info.vocab_size else given.top_k,
+        top_p=given.top_p,
+        stop_strings=strings,
+        stop_tokens=tokens,
+    )
+
+
+def _stops(stop: str | list[str | int] | None, info: BaseModelInfo) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(strings, token ids). None is the model's end-of-sequence; [] is nothing at all."""
+    if stop is None:
+        return (), info.eos_tokens
+    stops = [stop] if isinstance(stop, str) else stop
+    if len(stops) > MAX_STOPS:
+        raise InvalidRequest(f"stop has {len(stops)} entries; at most {MAX_STOPS} are served")
+    strings = tuple(entry for entry in stops if isinstance(entry, str))
+    tokens = tuple(entry for entry in stops if not isinstance(entry, str))
+    if strings and tokens:
+        raise InvalidRequest("stop mixes texts and token ids; send one kind")
+    if "" in strings:
+        raise InvalidRequest("stop has an empty text, which would stop everything; leave it out")
+    _check_vocabulary(wire.integers(list(tokens), np.int64, "stop"), info, "stop")
+    return strings, tokens
+
+
+def _between(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise InvalidRequest(f"{name} must be {least} to {most}, not {value}")
+
+
+def _check_vocabulary(tokens: np.ndarray, info: BaseModelInfo, where: str) -> None:
+    outside = tokens[(tokens < 0) | (tokens >= info.vocab_size)]
+    if len(outside):
+        last = info.vocab_size - 1
+        raise InvalidRequest(f"{where}: token id {outside[0]} is outside {info.name}'s vocabulary, 0 to {last}")

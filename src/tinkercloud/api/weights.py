@@ -1,0 +1,106 @@
+"""Saving and loading a training run's weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from tinkercloud.api.auth import Owner
+from tinkercloud.api.dependencies import ServiceOf, body_of
+from tinkercloud.api.refusals import accepted, read_operation, recorded
+from tinkercloud.api.validate import check_name, check_optimizer
+from tinkercloud.api.wire import json as wire
+from tinkercloud.control.service import Service
+from tinkercloud.errors import InvalidRequest
+from tinkercloud.ledger.records import CheckpointRecord
+
+router = APIRouter(tags=["weights"])
+
+
+@router.post("/save_weights", openapi_extra=body_of(wire.SaveWeights))
+async def save_weights(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+    """Save weights and optimizer state, to go on training from."""
+    raw = await read_operation(request, service, owner, "save_weights")
+    address = wire.as_request(wire.Address, raw)
+    model = await service.model(address.model_id, owner)
+    async with recorded(service, model, address.seq_id, "save_weights"):
+        given = wire.as_request(wire.SaveWeights, raw)
+        check_name(given.path, given.ttl_seconds)
+        entry = await service.save_weights(
+            model,
+            given.seq_id,
+            given.path,
+            for_sampler=False,
+            ttl_seconds=given.ttl_seconds,
+            overwrite=given.overwrite,
+            user_metadata=given.user_metadata,
+        )
+    return await accepted(service, owner, entry, "save_weights")
+
+
+@router.post("/save_weights_for_sampler", openapi_extra=body_of(wire.SaveWeightsForSampler))
+async def save_weights_for_sampler(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+    """Save weights to sample from: as a checkpoint by `path`, or as a sampling session by `sampling_session_seq_id`."""
+    raw = await read_operation(request, service, owner, "save_weights_for_sampler")
+    address = wire.as_request(wire.Address, raw)
+    model = await service.model(address.model_id, owner)
+    async with recorded(service, model, address.seq_id, "save_weights_for_sampler"):
+        given = wire.as_request(wire.SaveWeightsForSampler, raw)
+        if given.kind != "snapshot":
+            raise InvalidRequest(f"kind {given.kind!r:.80} is not served; use 'snapshot', which keeps its weights")
+        check_name(given.path, given.ttl_seconds)
+        if given.sampling_session_seq_id is not None and given.path is None:
+            entry = await service.save_ephemeral_sampler(model, given.seq_id, given.sampling_session_seq_id)
+        elif given.sampling_session_seq_id is None:
+            entry = await service.save_weights(
+                model,
+                given.seq_id,
+                given.path,
+                for_sampler=True,
+                ttl_seconds=given.ttl_seconds,
+                overwrite=False,
+                user_metadata=given.user_metadata,
+            )
+        else:
+            raise InvalidRequest("path makes a checkpoint and sampling_session_seq_id a sampling session; send one")
+    return await accepted(service, owner, entry, "save_weights_for_sampler")
+
+
+@router.post("/load_weights", openapi_extra=body_of(wire.LoadWeights))
+async def load_weights(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+    """Load a checkpoint into a training run (`model_id`), or start one from it (`session_id` and `model_seq_id`)."""
+    raw = await read_operation(request, service, owner, "load_weights")
+    if raw.get("model_id") is None:
+        return await _create_from(service, owner, wire.as_request(wire.LoadWeights, raw))
+    address = wire.as_request(wire.Address, raw)
+    model = await service.model(address.model_id, owner)
+    async with recorded(service, model, address.seq_id, "load_weights"):
+        given = wire.as_request(wire.LoadWeights, raw)
+        if given.session_id is not None or given.model_seq_id is not None:
+            raise InvalidRequest("model_id loads into a training run, session_id makes a new one; send one of them")
+        checkpoint = await _loadable(service, owner, given)
+        entry = await service.load_weights(model, given.seq_id, checkpoint, given.optimizer)
+    return await accepted(service, owner, entry, "load_weights")
+
+
+async def _create_from(service: Service, owner: str, given: wire.LoadWeights) -> dict[str, Any]:
+    if given.session_id is None or given.model_seq_id is None:
+        raise InvalidRequest("send model_id and seq_id to load into a training run, or session_id and model_seq_id")
+    session = await service.active_session(given.session_id, owner)
+    checkpoint = await _loadable(service, owner, given)
+    await service.base_model(checkpoint.base_model)
+    entry = await service.create_model_from(
+        session, given.model_seq_id, checkpoint, given.optimizer, given.user_metadata or {}
+    )
+    return await accepted(service, owner, entry, "load_weights")
+
+
+async def _loadable(service: Service, owner: str, given: wire.LoadWeights) -> CheckpointRecord:
+    check_optimizer(given.optimizer_config)
+    checkpoint = await service.checkpoint(given.path, owner)
+    if given.optimizer and checkpoint.kind != "training":
+        raise InvalidRequest(f"{given.path} has no optimizer state; load a /weights/ checkpoint, or without optimizer")
+    if given.base_model not in (None, checkpoint.base_model):
+        raise InvalidRequest(f"{given.path} was trained on {checkpoint.base_model}, not on {given.base_model}")
+    return checkpoint

@@ -1,0 +1,82 @@
+"""Tensors off the wire as numpy arrays, checked: a wrong length, shape or index is the sender's error, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from msgspec import Struct
+
+from tinkercloud.engine.types import Datum
+from tinkercloud.errors import InvalidRequest
+
+
+class Batch(Struct):
+    """A forward or forward_backward request as it came, decoded from either wire form; nothing is judged yet."""
+
+    loss_fn: str
+    loss_fn_config: dict[str, float | str]
+    data: list[Datum]
+    """Arrays have the dtypes that they had on the wire: float32, int64 or int32."""
+
+
+class DenseBudget:
+    """How many bytes sparse tensors may still become, over a whole request: a few bytes can declare any shape."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.left = limit
+
+    def take(self, size: int, where: str) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise InvalidRequest(
+                f"{where}: the request's sparse tensors are more than {self.limit} bytes when dense; send fewer datums"
+            )
+
+
+def from_bytes(data: bytes, dtype: np.dtype, where: str) -> np.ndarray:
+    """A flat read-only view of little-endian bytes."""
+    if len(data) % dtype.itemsize:
+        raise InvalidRequest(f"{where}: {len(data)} bytes are not a whole number of {dtype.itemsize}-byte {dtype.name}")
+    return np.frombuffer(data, dtype)
+
+
+def shaped(values: np.ndarray, shape: Sequence[int] | None, where: str) -> np.ndarray:
+    """Flat values in their declared shape; without one they are a vector."""
+    if not shape:
+        return values
+    if min(shape) < 0 or math.prod(shape) != len(values):
+        raise InvalidRequest(f"{where}: shape {list(shape)} does not fit its {len(values)} values")
+    return values.reshape(shape)
+
+
+def dense_from_csr(
+    values: np.ndarray,
+    crow: np.ndarray,
+    col: np.ndarray,
+    shape: Sequence[int] | None,
+    budget: DenseBudget,
+    where: str,
+) -> np.ndarray:
+    """A sparse CSR matrix with zeros where nothing is listed."""
+    if not shape or len(shape) != 2 or min(shape) < 0:
+        raise InvalidRequest(f"{where}: a sparse tensor needs a shape [rows, columns], not {list(shape or [])}")
+    rows, columns = shape
+    counts = np.diff(crow)
+    if len(crow) != rows + 1 or crow[0] != 0 or crow[-1] != len(values) or (counts < 0).any():
+        raise InvalidRequest(
+            f"{where}: sparse_crow_indices must be {rows + 1} ascending numbers from 0 to its {len(values)} values"
+        )
+    if len(col) != len(values) or (len(col) and (col.min() < 0 or col.max() >= columns)):
+        raise InvalidRequest(
+            f"{where}: sparse_col_indices must be {len(values)} columns, one for each value, from 0 to {columns - 1}"
+        )
+    budget.take(rows * columns * values.itemsize, where)
+    row = np.repeat(np.arange(rows), counts)
+    if (np.diff(row * columns + col) <= 0).any():
+        raise InvalidRequest(f"{where}: the columns of a row in sparse_col_indices must ascend, each once")
+    dense = np.zeros((rows, columns), values.dtype)
+    dense[row, col] = values
+    return dense

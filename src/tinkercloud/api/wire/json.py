@@ -1,0 +1,394 @@
+"""The JSON requests, permissive: a field that a newer SDK adds is logged once and ignored.
+
+A field of an *option set* (how to sample, how to step, which adapter) is another matter: ignoring it would give numbers
+that the sender did not ask for, so an unknown one with a value that means something is an error that names it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
+
+from tinkercloud.api.wire.arrays import Batch, DenseBudget, dense_from_csr, shaped
+from tinkercloud.api.wire.body import Unreadable, find_address, off_loop, read_body
+from tinkercloud.engine.types import Datum as EngineDatum
+from tinkercloud.errors import InvalidRequest
+
+log = logging.getLogger(__name__)
+
+Seq = Annotated[int, Field(ge=0, lt=2**63)]
+"""A number in a sequence, as the ledger can store it."""
+
+_logged: set[tuple[str, str]] = set()
+
+
+class Wire(BaseModel):
+    """A JSON object of a request."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _notice_unknown(self) -> Wire:
+        for name, value in (self.model_extra or {}).items():
+            self._unknown(name, value)
+        return self
+
+    def _unknown(self, name: str, value: Any) -> None:
+        if name != "type" and (key := (type(self).__name__, name)) not in _logged and len(_logged) < 1000:
+            _logged.add(key)
+            log.info("ignored: %s has a field %.80r that this server does not know", *key)
+
+
+class Options(Wire):
+    """A JSON object whose every field changes the numbers."""
+
+    def _unknown(self, name: str, value: Any) -> None:
+        if name != "type" and value not in (None, False, 0, "", [], {}):
+            known = ", ".join(sorted(type(self).model_fields))
+            raise ValueError(f"this server has no option {name!r} (it is {value!r:.80}); there are {known}")
+        super()._unknown(name, value)
+
+
+# ---------------------------------------------------------------- the service
+
+
+class ClientConfig(Wire):
+    sdk_version: str = ""
+
+
+class CreateSession(Wire):
+    tags: list[str] = []
+    user_metadata: dict[str, Any] | None = None
+    sdk_version: str = ""
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+class SessionHeartbeat(Wire):
+    session_id: str
+
+
+class FinishReason(Wire):
+    type: Literal["success", "errored", "interrupted"]
+
+
+class FinishSession(Wire):
+    reason: FinishReason
+    detail: str | None = None
+
+
+# ---------------------------------------------------------------- training
+
+
+class Lora(Options):
+    rank: int
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class OptimizerConfig(Options):
+    type: str = "adamw"
+
+
+class CreateModel(Wire):
+    session_id: str
+    model_seq_id: Seq
+    base_model: str
+    user_metadata: dict[str, Any] | None = None
+    lora_config: Lora | None = None
+    optimizer_config: OptimizerConfig = OptimizerConfig()
+
+
+class ModelAddress(Wire):
+    """get_info and unload_model."""
+
+    model_id: str
+
+
+class Address(BaseModel):
+    """Whose operation a request is, read before the rest of it is judged."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    model_id: str
+    seq_id: Seq | None = None
+
+
+class Chunk(Wire):
+    """A piece of a prompt. Only encoded_text is served; the rest is declared to be refused by name."""
+
+    type: str = "encoded_text"
+    tokens: list[Any] = []
+    data: Any = None
+    dmel: Any = None
+    format: str | None = None
+    location: str | None = None
+    expected_tokens: int | None = None
+
+
+class ModelInput(Wire):
+    chunks: list[Chunk]
+
+
+class TensorData(Wire):
+    data: list[Any]
+    dtype: Literal["int64", "float32"]
+    shape: list[int] | None = None
+    sparse_crow_indices: list[int] | None = None
+    sparse_col_indices: list[int] | None = None
+
+
+class Datum(Wire):
+    model_input: ModelInput
+    loss_fn_inputs: dict[str, TensorData]
+    model_input_spans: Any = None
+    """Provenance: only stable_reinforce reads it, which is refused as an unknown loss."""
+    loss_fn_input_spans: Any = None
+
+
+class ForwardBackwardInput(Wire):
+    data: list[Datum]
+    loss_fn: str
+    loss_fn_config: dict[str, float | str] | None = None
+
+
+class ForwardBackward(Wire):
+    model_id: str
+    seq_id: Seq | None = None
+    forward_backward_input: ForwardBackwardInput
+    forward_only: bool = False
+
+
+class Forward(Wire):
+    model_id: str
+    seq_id: Seq | None = None
+    forward_input: ForwardBackwardInput
+
+
+class Adam(Options):
+    learning_rate: float = Field(1e-4, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-12, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip_norm: float = 0.0
+
+
+class OptimStep(Wire):
+    model_id: str
+    seq_id: Seq | None = None
+    adam_params: Adam | None = None
+    optim_params: Adam | None = None
+    optimizer_params: Any = None
+    """Another family's parameters; refused."""
+
+
+# ---------------------------------------------------------------- weights
+
+
+class SaveWeights(Wire):
+    model_id: str
+    path: str | None = None
+    seq_id: Seq | None = None
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, str] | None = None
+
+
+class SaveWeightsForSampler(Wire):
+    model_id: str
+    path: str | None = None
+    sampling_session_seq_id: Seq | None = None
+    kind: str = "snapshot"
+    seq_id: Seq | None = None
+    ttl_seconds: int | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+class LoadWeights(Wire):
+    model_id: str | None = None
+    seq_id: Seq | None = None
+    session_id: str | None = None
+    model_seq_id: Seq | None = None
+    base_model: str | None = None
+    user_metadata: dict[str, Any] | None = None
+    path: str
+    optimizer: bool = False
+    optimizer_config: OptimizerConfig | None = None
+    weights_access_token: str | None = None
+
+
+class WeightsInfo(Wire):
+    tinker_path: str
+
+
+# ---------------------------------------------------------------- sampling
+
+
+class CreateSamplingSession(Wire):
+    session_id: str
+    sampling_session_seq_id: Seq
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class JoinSamplingSession(Wire):
+    sampling_session_id: str
+
+
+class SamplingParams(Options):
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str | int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+class Sample(Options):
+    num_samples: int = 1
+    prompt: ModelInput
+    sampling_params: SamplingParams = SamplingParams()
+    base_model: str | None = None
+    model_path: str | None = None
+    sampling_session_id: str | None = None
+    seq_id: Seq | None = None
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: Any = None
+    prompt_alt_tokens_k: int = 0
+    prompt_logprobs_last_n: int | None = None
+    record_stability_info: bool | None = None
+
+
+# ---------------------------------------------------------------- futures
+
+
+class RetrieveFuture(Wire):
+    request_id: str
+    allow_metadata_only: bool = False
+
+
+class SamplingSessionTarget(Wire):
+    type: Literal["sampling_session"] = "sampling_session"
+    sampling_session_id: str
+    cloned_sampler_id: Seq = 0
+
+
+class RetrieveFutures(Wire):
+    target: SamplingSessionTarget
+    prev_cursor: Seq = 0
+    timeout: float | None = None
+    retrieved_request_ids: list[str] = []
+
+
+class CancelFuture(Wire):
+    request_id: str
+
+
+# ---------------------------------------------------------------- reading them
+
+W = TypeVar("W", bound=BaseModel)
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """The body's JSON object. Raises `Unreadable`."""
+    body = await read_body(request)
+    return await off_loop(len(body), _parse, body)
+
+
+def _parse(body: bytes) -> dict[str, Any]:
+    try:
+        value = from_json(body or b"{}", allow_inf_nan=False)
+    except ValueError as error:
+        address = find_address(body[:4096], body[-4096:], protobuf=False)
+        raise Unreadable(f"the body is not JSON: {error}", address) from None
+    if not isinstance(value, dict):
+        raise Unreadable(f"the body must be a JSON object, not {type(value).__name__}", None)
+    return value
+
+
+def as_request(kind: type[W], value: dict[str, Any]) -> W:
+    """A JSON object as one of the requests above. Raises InvalidRequest, naming each field that is wrong."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors(include_url=False, include_context=False)[:5]:
+            place = ".".join(str(part) for part in problem["loc"])
+            given = "" if problem["type"] in ("missing", "value_error") else f" (it is {problem['input']!r:.80})"
+            message = problem["msg"].removeprefix("Value error, ")
+            problems.append(f"{place}: {message}{given}" if place else f"{message}{given}")
+        raise InvalidRequest("; ".join(problems)) from None
+
+
+async def read(request: Request, kind: type[W]) -> W:
+    """The body as one of the requests above. Raises InvalidRequest."""
+    return as_request(kind, await read_json(request))
+
+
+# ---------------------------------------------------------------- numbers in JSON
+
+
+def integers(values: list[Any], dtype: type[np.integer], where: str) -> np.ndarray:
+    """A JSON list of integers as an array."""
+    try:
+        array = np.asarray(values if values else [], dtype=None if values else dtype)
+        if array.ndim == 1 and array.dtype.kind == "i":
+            limits = np.iinfo(dtype)
+            if array.size == 0 or (array.min() >= limits.min and array.max() <= limits.max):
+                return array.astype(dtype, copy=False)
+    except (ValueError, OverflowError):
+        pass  # ragged lists and numbers beyond 64 bits get the same sentence
+    raise InvalidRequest(f"{where}: a flat list of integers that fit {np.dtype(dtype).name} is expected")
+
+
+def _floats(values: list[Any], where: str) -> np.ndarray:
+    try:
+        array = np.asarray(values if values else [], dtype=None if values else np.float32)
+        if array.ndim == 1 and array.dtype.kind in "if":
+            return array.astype(np.float32, copy=False)
+    except (ValueError, OverflowError):
+        pass  # as above
+    raise InvalidRequest(f"{where}: a flat list of numbers is expected")
+
+
+def tokens_from(model_input: ModelInput, where: str) -> np.ndarray:
+    """A prompt's or a datum's token ids, int32 [N]."""
+    for chunk in model_input.chunks:
+        if chunk.type != "encoded_text":
+            raise InvalidRequest(f"{where} has a chunk of {chunk.type}; this server takes text only")
+    parts = [integers(chunk.tokens, np.int32, where) for chunk in model_input.chunks]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+
+def batch_from(given: ForwardBackwardInput, dense_bytes: int) -> Batch:
+    """The loss and datums. Sparse tensors become dense, `dense_bytes` at most."""
+    budget = DenseBudget(dense_bytes)
+    data = []
+    for index, datum in enumerate(given.data):
+        where = f"datum {index}"
+        tokens = tokens_from(datum.model_input, f"{where}, model_input")
+        inputs = {name: _array(tensor, budget, f"{where}, {name}") for name, tensor in datum.loss_fn_inputs.items()}
+        data.append(EngineDatum(tokens=tokens, inputs=inputs))
+    return Batch(loss_fn=given.loss_fn, loss_fn_config=given.loss_fn_config or {}, data=data)
+
+
+def _array(tensor: TensorData, budget: DenseBudget, where: str) -> np.ndarray:
+    if tensor.dtype == "int64":
+        values = integers(tensor.data, np.int64, where)
+    else:
+        values = _floats(tensor.data, where)
+    if tensor.sparse_crow_indices is None:
+        return shaped(values, tensor.shape, where)
+    crow = integers(tensor.sparse_crow_indices, np.int64, where)
+    col = integers(tensor.sparse_col_indices or [], np.int64, where)
+    return dense_from_csr(values, crow, col, tensor.shape, budget, where)
