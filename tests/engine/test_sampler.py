@@ -249,6 +249,17 @@ def test_samples_of_a_request_differ_and_come_again(sampler_of):
     assert tokens_of(run(sampler, sample("r", prompt_of(1, 30), num_samples=8, seed=6)))["r"] != first
 
 
+def test_samples_are_spread_as_the_model_says(sampler_of, reference):
+    """Chi-square of the first tokens of 2,000 samples, most of them wide apart in the queue."""
+    request = sample("r", prompt_of(3, 20), num_samples=2000, max_tokens=1, temperature=0.8, top_k=6)
+    tokens = [int(sequence.tokens[0]) for sequence in run(sampler_of("qwen3"), request)["r"].sequences]
+    values, ids = (full_logits(reference("qwen3"), request.prompt)[-1] / 0.8).topk(6)
+    expected = values.softmax(-1).numpy() * 2000
+    observed = np.array([tokens.count(token) for token in ids.tolist()])
+    assert observed.sum() == 2000
+    assert ((observed - expected) ** 2 / expected).sum() < 30  # 5 degrees of freedom: p = 1.5e-5
+
+
 def test_preemption_changes_no_token(sampler_of, adapter_folder):
     """With memory for a single context, running sequences are interrupted again and again."""
     roomy = sampler_of("llama")
