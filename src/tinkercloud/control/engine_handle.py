@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 
 STOP_SECONDS = 30.0
 """How long an engine may take to end after `Stop` before it is killed."""
+
+EXIT_SECONDS = 5.0
+"""How long an engine that closed its socket may take to exit."""
 
 
 class EngineDied(Exception):
@@ -105,8 +109,13 @@ class EngineHandle:
                 await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
             except TimeoutError:
                 log.warning("engine %s did not stop within %.0f s; killing it", self._options.name, STOP_SECONDS)
-                self._process.kill()
+                self._kill()
         await self._reading
+
+    def _kill(self) -> None:
+        """Not `Process.kill`: that one reaps the child behind asyncio's back and its exit code is lost."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._process.pid, signal.SIGKILL)
 
     def _expect(self) -> tuple[int, asyncio.Future]:
         if self.died.is_set():
@@ -150,9 +159,10 @@ class EngineHandle:
 
     async def _ended(self) -> None:
         self._writer.close()
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
+        except TimeoutError:  # it hangs while exiting, or it lives without its socket: either way it is of no use
+            self._kill()
         code = await self._process.wait()
         self.died.set()
         error = EngineDied(f"engine {self._options.name} ended with code {code}")

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+
+from tinkercloud.config import Settings
+from tinkercloud.control.service import Service
+from tinkercloud.engine.types import AdamParams, Datum, ForwardBackward, LoraConfig, OptimStep
+
+NANO = "tinkercloud/nano"
+OWNER = "local"
+
+
+def datum(*tokens: int) -> Datum:
+    ids = np.array(tokens, np.int32)
+    return Datum(ids[:-1], {"target_tokens": ids[1:].astype(np.int64), "weights": np.ones(len(ids) - 1, np.float32)})
+
+
+BATCH = (datum(5, 6, 7, 8, 9, 10), datum(20, 21, 22))
+
+
+class Client:
+    """A training run driven through the service, one operation after another."""
+
+    def __init__(self, service: Service, session, model):
+        self.service, self.session, self.model = service, session, model
+        self.seq_id = 0
+
+    @classmethod
+    async def create(cls, service: Service, seed: int = 0) -> Client:
+        session = await service.create_session(
+            owner=OWNER, tags=[], user_metadata={}, sdk_version="0.38.0", project_id=None, display_name=None
+        )
+        entry = await service.create_model(session, 0, NANO, LoraConfig(rank=4, seed=seed), {})
+        await cls._finished(service, entry)
+        return cls(service, session, await service.model(entry.stream, OWNER))
+
+    async def send(self, kind: str, operation):
+        self.seq_id += 1
+        return await self.service.submit(self.model, self.seq_id, kind, operation)
+
+    async def forward_backward(self, batch=BATCH):
+        operation = ForwardBackward(self.model.model_id, batch, "cross_entropy")
+        return await self.result(await self.send("forward_backward", operation))
+
+    async def optim_step(self, learning_rate: float = 1e-2):
+        return await self.result(
+            await self.send("optim_step", OptimStep(self.model.model_id, AdamParams(learning_rate)))
+        )
+
+    async def steps(self, count: int) -> list[float]:
+        losses = []
+        for _ in range(count):
+            losses.append((await self.forward_backward()).metrics["loss:sum"])
+            await self.optim_step()
+        return losses
+
+    async def result(self, entry):
+        return await self._finished(self.service, entry)
+
+    @staticmethod
+    async def _finished(service: Service, entry):
+        entry, outcome = await service.outcome(entry.request_id, OWNER, timeout=60)
+        assert outcome is not None, f"{entry.kind} has not ended after 60 s"
+        return outcome
+
+
+@pytest.fixture
+def serving(tmp_path):
+    """`async with serving() as service`: the real service on the embedded model, over one data directory."""
+
+    @asynccontextmanager
+    async def start(**options):
+        settings = Settings.load(data_dir=tmp_path / "data", **options)
+        service = await Service.start(settings, lambda model, fraction, text: None)
+        try:
+            yield service
+        finally:
+            await service.stop()
+
+    return start
+
+
+@pytest.fixture
+def run():
+    """Run a coroutine function to its end, within two minutes."""
+
+    def run_it(coroutine_function):
+        return asyncio.run(asyncio.wait_for(coroutine_function(), timeout=120))
+
+    return run_it

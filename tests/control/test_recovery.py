@@ -1,0 +1,109 @@
+"""A client must not notice that the engine or the server was gone in between."""
+
+import asyncio
+import os
+import signal
+import time
+
+from tests.control.conftest import NANO, OWNER, Client, datum
+from tinkercloud.engine.types import Failure, ForwardBackward
+
+
+async def undisturbed(serving, count):
+    async with serving() as service:
+        return await (await Client.create(service)).steps(count)
+
+
+def test_a_run_goes_on_after_the_server_was_stopped(serving, run):
+    async def story():
+        expected = await undisturbed(serving, 6)
+        async with serving() as service:
+            client = await Client.create(service)
+            losses = await client.steps(3)
+            await client.forward_backward()  # the gradient of a half-done step survives, too
+        async with serving() as service:
+            client.service = service
+            await client.optim_step()
+            losses += [expected[3], *await client.steps(2)]
+        assert losses == expected
+
+    run(story)
+
+
+def test_a_run_goes_on_after_its_engine_was_killed(serving, run):
+    async def story():
+        expected = await undisturbed(serving, 6)
+        async with serving() as service:
+            client = await Client.create(service)
+            losses = await client.steps(3)
+            engine = await service._models.get(NANO).engine()
+            os.kill(engine.pid, signal.SIGKILL)
+            losses += await client.steps(3)
+            assert service.ready(), "a restart does not take readiness back"
+        assert losses == expected
+
+    run(story)
+
+
+def test_a_parked_session_comes_back_by_itself(serving, run):
+    async def story():
+        expected = await undisturbed(serving, 4)
+        async with serving() as service:
+            client = await Client.create(service)
+            losses = await client.steps(2)
+            await service.park_silent_sessions(time.time() + 10_000)
+            assert (await service.session(client.session.session_id, OWNER)).state == "parked"
+            losses += await client.steps(2)
+            assert (await service.session(client.session.session_id, OWNER)).state == "active"
+            assert losses == expected
+            await service.park_silent_sessions(time.time() + 10_000)
+            await service.heartbeat(client.session.session_id, OWNER)
+            assert (await service.session(client.session.session_id, OWNER)).state == "active"
+
+    run(story)
+
+
+def test_snapshots_bound_the_replay_and_old_ones_go(serving, run, tmp_path):
+    async def story():
+        expected = await undisturbed(serving, 8)
+        async with serving(snapshot_operations=3) as service:
+            client = await Client.create(service)
+            losses = await client.steps(5)
+            engine = await service._models.get(NANO).engine()
+            os.kill(engine.pid, signal.SIGKILL)
+            losses += await client.steps(3)
+        assert losses == expected
+        kept = list((tmp_path / "data" / "snapshots").glob("*/*"))
+        assert len([folder for folder in kept if client.session.session_id in folder.parent.name]) <= 2
+
+    run(story)
+
+
+def test_an_operation_that_kills_the_engine_each_time_is_given_up(serving, run):
+    async def story():
+        async with serving() as service:
+            client, bystander = await Client.create(service), await Client.create(service)
+            long = tuple(datum(*(i % 500 for i in range(3000))) for _ in range(20))  # seconds of work: time to kill the engine in
+            entry = await client.send(
+                "forward_backward", ForwardBackward(client.model.model_id, long, "cross_entropy", forward_only=False)
+            )
+            for _ in range(2):
+                engine = await service._models.get(NANO).engine()
+                await until(lambda: service._conductors[NANO]._runs[client.model.model_id].resident(engine))
+                await until(lambda: engine._waiting)
+                os.kill(engine.pid, signal.SIGKILL)
+                await engine.died.wait()
+            outcome = await client.result(entry)
+            assert isinstance(outcome, Failure) and outcome.category == "server"
+            assert "given up" in outcome.error
+            refused = await client.optim_step()
+            assert isinstance(refused, Failure) and "gradients lack" in refused.error
+            assert await client.steps(2), "the model goes on"
+            assert await bystander.steps(1)
+
+    run(story)
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.01)

@@ -1,0 +1,61 @@
+"""The server may die under a training script; the script must not notice."""
+
+import threading
+
+import pytest
+import tinker
+from tinker import types
+
+from tests.e2e.test_first_steps import datum
+from tests.serving import Server
+
+BATCH = [datum([10, 11, 12, 13, 14]), datum([30, 31, 32])]
+STEPS = 12
+
+
+def train(url: str, at_step=lambda step: None) -> list[float]:
+    """A pipelined training loop with a sample in the middle; its losses and the sampled tokens."""
+    client = tinker.ServiceClient(base_url=url, api_key="tml-test")
+    run = client.create_lora_training_client(base_model="tinkercloud/nano", rank=4, seed=3)
+    seen = []
+    for step in range(STEPS):
+        forward_backward = run.forward_backward(BATCH, "cross_entropy")
+        optim = run.optim_step(types.AdamParams(learning_rate=1e-2))
+        at_step(step)
+        seen.append(forward_backward.result().metrics["loss:sum"])
+        optim.result()
+        if step == STEPS // 2:
+            sampler = run.save_weights_and_get_sampling_client().result()
+            params = types.SamplingParams(max_tokens=8, seed=7, stop=[])
+            seen += sampler.sample(types.ModelInput.from_ints([10, 11]), 1, params).result().sequences[0].tokens
+    client.holder.close()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("calm") / "data") as server:
+        return train(server.url)
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_script_outlives_its_server(tmp_path, undisturbed, end):
+    with Server(tmp_path / "data") as server:
+
+        def interrupt(step):
+            if step in (3, 9):
+                getattr(server, end)()
+                threading.Thread(target=server.start).start()
+
+        assert train(server.url, interrupt) == undisturbed
+
+
+def test_a_stop_ends_cleanly_and_quickly_while_clients_wait(tmp_path):
+    with Server(tmp_path / "data") as server:
+        client = tinker.ServiceClient(base_url=server.url, api_key="tml-test")
+        run = client.create_lora_training_client(base_model="tinkercloud/nano", rank=4)
+        run.forward_backward(BATCH * 200, "cross_entropy")
+        assert server.stop() == 0
+        assert "Traceback" not in server.log.read_text()
+        assert server.start().stop() == 0, "the state it left starts again"
+        client.holder.close()
