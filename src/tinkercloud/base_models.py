@@ -9,8 +9,11 @@ from typing import Any
 EMBEDDED = "tinkercloud/nano"
 """The model that comes with the package."""
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.:-]+)?")
-"""A model's name: as Hugging Face ids, with an optional `:suffix`."""
+NAME = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(/[A-Za-z0-9][\w.-]*)?(:[\w.:-]+)?", re.ASCII)
+"""A model's name: a Hugging Face id, behind which a `/variant` and a `:suffix` may stand."""
+
+OPTIONS = re.compile(r"(.*?)((?:,[a-z_]+=[^,/=]*)*)", re.DOTALL)
+"""What a model is, and the settings behind it."""
 
 
 class ModelError(ValueError):
@@ -23,14 +26,14 @@ def parse_model(text: str) -> dict[str, Any]:
     >>> parse_model("Qwen/Qwen3-8B,max_rank=64,lazy=true")
     {'name': 'Qwen/Qwen3-8B', 'max_rank': '64', 'lazy': 'true'}
     """
-    head, *options = re.split(r",(?=[a-z_]+=)", text)
+    head, tail = OPTIONS.fullmatch(text).groups()
     fields: dict[str, Any] = {"name": head}
     if "=" in head and not Path(head).expanduser().is_dir():
         fields["name"], folder = head.split("=", 1)
         fields["source"] = folder
         if folder not in (EMBEDDED, "builtin") and not Path(folder).expanduser().is_dir():
             raise ModelError(f"{text!r}: there is no folder {folder!r}")
-    return fields | dict(option.split("=", 1) for option in options)
+    return fields | dict(option.split("=", 1) for option in tail.split(",")[1:])
 
 
 def resolve_source(name: str, source: str) -> tuple[str, str]:
@@ -47,9 +50,10 @@ def resolve_source(name: str, source: str) -> tuple[str, str]:
                 f"the folder {folder} has no config.json; a model's folder is as `save_pretrained` writes it"
             )
         return _checked(name if source or NAME.fullmatch(name) else folder.resolve().name), str(folder.resolve())
-    if not NAME.fullmatch(source or name):
+    hub = NAME.fullmatch(source or name)
+    if not hub:
         raise ModelError(f"{source or name!r} is neither a folder nor a Hugging Face id such as Qwen/Qwen3-8B")
-    return _checked(name), source or name
+    return _checked(name), hub["id"]
 
 
 def _checked(name: str) -> str:

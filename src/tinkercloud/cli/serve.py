@@ -52,10 +52,13 @@ def serve(
         log.warning("%s sets nothing%s", name, f"; did you mean {meant}?" if meant else "")
     err.print(_banner(settings))
 
-    from tinkercloud.control.server import run
+    from tinkercloud.server import StartError, run
 
     with _loading(settings) as progress:
-        run(settings, progress=progress.report)
+        try:
+            run(settings, on_progress=progress.report)
+        except StartError as error:
+            raise CommandError(str(error)) from None
 
 
 def _free_port(host: str, port: int) -> int:

@@ -1,0 +1,77 @@
+# make demo    a server, a training loop and the text before and after
+# make test    the whole test suite, as CI runs it
+# make bench   speed and memory, beside torch + PEFT by hand
+# Each makes the virtual environments that it needs, once; constraints*.txt say what is in them.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := -m pip install -qq --disable-pip-version-check
+# Idle OpenMP threads that spin take the cores from the server's other processes.
+export OMP_WAIT_POLICY := passive
+
+ENVIRONMENTS := .venv .venv-clients .venv-quickstart .venv-sdk-0.34 .venv-sdk-0.22
+
+.PHONY: demo test bench lint docs environments constraints clean
+
+demo: .venv/.made
+	@$(BIN)/tinkercloud demo
+
+test:
+	@$(MAKE) --no-print-directory -j2 environments
+	@$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest
+
+bench: .venv/.made
+	@$(BIN)/python -m bench
+
+lint: .venv/.made
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+docs: .venv/.made
+	@for script in scripts/make_*_doc.py; do $(BIN)/python $$script || exit 1; done
+
+environments: $(ENVIRONMENTS:%=%/.made)
+
+# After a change of the dependencies in pyproject.toml: what a clean install gives today.
+constraints:
+	@$(PYTHON) -m venv --clear .venv-fresh
+	@.venv-fresh/bin/python $(INSTALL) -e ".[dev]"
+	@(head -1 constraints.txt; .venv-fresh/bin/pip freeze --exclude-editable | sed 's/+cpu//') > .venv-fresh/constraints.txt
+	@mv .venv-fresh/constraints.txt constraints.txt
+	@rm -rf .venv-fresh
+
+clean:
+	rm -rf $(ENVIRONMENTS)
+
+# The project itself, with what its tests need.
+.venv/.made: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	@echo "Installing tinkercloud into .venv (once, about a minute) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python $(INSTALL) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# The official clients, unmodified: the newest SDK with the cookbook, and two older SDKs.
+.venv-clients/.made: constraints-clients.txt
+	@echo "Installing the official clients into .venv-clients ..."
+	@$(PYTHON) -m venv --clear .venv-clients
+	@.venv-clients/bin/python $(INSTALL) -c constraints-clients.txt \
+		torch tinker tinker-cookbook math-verify pylatexenc sympy
+	@touch $@
+
+.venv-sdk-0.34/.made: SDK := tinker==0.34.0
+.venv-sdk-0.22/.made: SDK := tinker==0.22.3
+.venv-sdk-0.34/.made .venv-sdk-0.22/.made: constraints-clients.txt Makefile
+	@echo "Installing $(SDK) into $(@D) ..."
+	@$(PYTHON) -m venv --clear $(@D)
+	@grep -v '^tinker==' constraints-clients.txt > $(@D)/constraints.txt
+	@$(@D)/bin/python $(INSTALL) -c $(@D)/constraints.txt $(SDK)
+	@touch $@
+
+# The quickstart's client: the SDK with the extension in clients/tinker_gmi.
+.venv-quickstart/.made: constraints.txt $(shell find clients/tinker_gmi -type f -not -path '*/__pycache__/*')
+	@echo "Installing the quickstart's client into .venv-quickstart ..."
+	@$(PYTHON) -m venv --clear .venv-quickstart
+	@.venv-quickstart/bin/python $(INSTALL) -c constraints.txt torch ./clients/tinker_gmi
+	@touch $@
