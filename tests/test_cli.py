@@ -16,6 +16,7 @@ def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TINKERCLOUD_", "TINKER_"))}
     return subprocess.run(
         [*COMMAND, *arguments],
+        check=False,
         capture_output=True,
         text=True,
         timeout=60,
