@@ -62,6 +62,11 @@ _KINDS: dict[type, _Kind] = {
 }
 
 
+def key_of(record: CatalogRecord) -> tuple[Any, ...]:
+    """What `get` finds the record by."""
+    return tuple(getattr(record, name) for name in _KINDS[type(record)].key)
+
+
 class Change(NamedTuple):
     """New values for fields of one record."""
 

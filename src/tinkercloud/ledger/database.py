@@ -14,6 +14,10 @@ BUSY_TIMEOUT = 30
 """Seconds for which a statement waits for SQLite's lock, such as while a backup copies the database."""
 
 
+CHECKPOINT_PAGES = 4096
+"""Size of the write-ahead log, in pages of 4 KiB, at which SQLite copies it into the database file."""
+
+
 class WrongVersion(Exception):
     """The database was written by a newer tinkercloud."""
 
@@ -34,6 +38,7 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
     cursor.execute("PRAGMA journal_mode=WAL")
     # In WAL mode FULL syncs the log at every commit, so that a committed transaction survives a power cut.
     cursor.execute("PRAGMA synchronous=FULL")
+    cursor.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
     cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT * 1000}")
     cursor.close()
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 from msgspec import Struct
 from msgspec.structs import replace
-from sqlalchemy import Connection, Row, and_, bindparam, func, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
 
-from tinkercloud.ledger import catalog
+from tinkercloud.ledger import catalog, segments
 from tinkercloud.ledger.records import CatalogRecord, Entry
-from tinkercloud.ledger.schema import IS_ACCEPTED, entries, models
+from tinkercloud.ledger.schema import IS_ACCEPTED, entries, models, small_blobs
 from tinkercloud.ledger.segments import Blob
 from tinkercloud.ledger.writer import Transaction
 
@@ -46,14 +48,6 @@ class Completion(Struct, frozen=True):
     ended_at: float
     cleared_gradients: bool = False
     also: tuple[CatalogRecord, ...] = ()
-
-
-class Stored(NamedTuple):
-    """An entry and where its blobs lie; None where there is none, or none any more."""
-
-    entry: Entry
-    payload: Blob | None
-    outcome: Blob | None
 
 
 def request_id(stream: str, seq_id: int) -> str:
@@ -106,8 +100,8 @@ def _row(transaction: Transaction, new: NewEntry, key: str, seq_id: int) -> dict
         "cleared_gradients": False,
         "expired_at": None,
         "details": new.details,
-        **_place("payload", transaction.store(new.payload)),
-        **_place("outcome", transaction.store(new.refusal or b"")),
+        **_place("payload", transaction.store(key, "payload", new.payload)),
+        **_place("outcome", transaction.store(key, "outcome", new.refusal or b"")),
     }
 
 
@@ -164,7 +158,7 @@ def complete(transaction: Transaction, completions: list[Completion]) -> list[En
             "completion": transaction.next_completion(),
             "result_bytes": completion.result_bytes,
             "cleared_gradients": completion.cleared_gradients,
-            **_place("outcome", transaction.store(completion.outcome)),
+            **_place("outcome", transaction.store(completion.request_id, "outcome", completion.outcome)),
         }
         rows.append(row)
         applied[before.stream] = max(before.seq_id, applied.get(before.stream, -1))
@@ -196,10 +190,21 @@ def find(connection: Connection, key: str) -> Entry | None:
     return _by_request_id(connection, [key]).get(key)
 
 
-def stored(connection: Connection, key: str) -> Stored | None:
-    """By request id."""
+def load(connection: Connection, folder: Path, key: str, part: str) -> bytes | None:
+    """An operation's "payload" or "outcome" by request id; None if it has none, or none any more. Raises `Corrupt`."""
     row = connection.execute(select(entries).where(entries.c.request_id == key)).first()
-    return None if row is None else Stored(_entry(row._mapping), _blob(row, "payload"), _blob(row, "outcome"))
+    if row is None or row.expired_at is not None or (part == "outcome" and row.state == "accepted"):
+        return None
+    segment, offset, length = (row._mapping[f"{part}_{field}"] for field in Blob._fields)
+    if segment is not None:
+        return segments.read(folder, Blob(segment, offset, length))
+    where = and_(small_blobs.c.request_id == key, small_blobs.c.part == part)
+    small = connection.execute(select(small_blobs.c.data, small_blobs.c.crc).where(where)).first()
+    if small is None:
+        return b""
+    if zlib.crc32(small.data) != small.crc:
+        raise segments.Corrupt(f"the {part} of operation {key} in the database is damaged (checksum differs)")
+    return small.data
 
 
 def pending(connection: Connection, stream: str) -> list[Entry]:
@@ -278,8 +283,3 @@ def _repeat(entry: Entry) -> Entry:
 def _place(name: str, blob: Blob | None) -> dict[str, int | None]:
     segment, offset, length = blob or (None, None, None)
     return {f"{name}_segment": segment, f"{name}_offset": offset, f"{name}_length": length}
-
-
-def _blob(row: Row[Any], name: str) -> Blob | None:
-    segment, offset, length = (row._mapping[f"{name}_{part}"] for part in Blob._fields)
-    return None if segment is None else Blob(segment, offset, length)

@@ -17,26 +17,20 @@ from sqlalchemy import Connection, Engine
 from tinkercloud.codec import encode
 from tinkercloud.engine.types import Failure
 from tinkercloud.ledger import catalog, database, entries, retention, segments
-from tinkercloud.ledger.cache import LRU
 from tinkercloud.ledger.lock import DataDirLock
 from tinkercloud.ledger.order import GAP_TIMEOUT, ModelLog
-from tinkercloud.ledger.records import CatalogRecord, Entry, ModelRecord, SessionRecord, SnapshotRecord
+from tinkercloud.ledger.recent import Recent
+from tinkercloud.ledger.records import CatalogRecord, Entry, ModelRecord, SamplerRecord, SessionRecord, SnapshotRecord
 from tinkercloud.ledger.writer import Writer
 
 READERS = 4
 """Threads that read."""
 
-CACHE_BYTES = 64 * 2**20
-"""Recent payloads and outcomes kept in memory."""
-
-CACHE_ENTRIES = 20_000
-"""Recent entries kept in memory."""
-
 FLUSH_SECONDS = 10.0
-"""How long heartbeats, last uses and retrievals may wait in memory for a write that takes them along."""
+"""How long heartbeats, last uses and retrievals may wait in memory before they are written together."""
 
 MAX_UNFLUSHED = 10_000
-"""How many of them may wait."""
+"""How many retrievals may wait."""
 
 R = TypeVar("R", bound=CatalogRecord)
 T = TypeVar("T")
@@ -64,11 +58,11 @@ class Ledger:
 
         Raises `DataDirInUse` if another process has it open and `WrongVersion` if a newer server wrote it.
         """
-        return cls(*await asyncio.to_thread(_open, data_dir, url), result_retention, unretrieved_retention, clock)
+        opened = await asyncio.to_thread(_open, data_dir, url)
+        return cls(*opened, result_retention, unretrieved_retention, clock)
 
     def __init__(
         self,
-        folder: Path,
         lock: DataDirLock,
         engine: Engine,
         segment_writer: segments.SegmentWriter,
@@ -78,7 +72,6 @@ class Ledger:
         clock: Callable[[], float],
     ) -> None:
         """Use `open`."""
-        self._folder = folder
         self._lock = lock
         self._engine = engine
         self._segments = segment_writer
@@ -87,8 +80,7 @@ class Ledger:
         self._clock = clock
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ledger-reader")
         self._writer = Writer(engine, segment_writer, count(last_completion + 1))
-        self._blobs: LRU[bytes] = LRU(CACHE_BYTES)
-        self._entries: LRU[Entry] = LRU(CACHE_ENTRIES)
+        self._recent = Recent()
         self._touches = catalog.Touches({}, {})
         self._retrieved: dict[str, float] = {}
         self._flusher = asyncio.create_task(self._flush_regularly(), name="ledger-flusher")
@@ -96,12 +88,14 @@ class Ledger:
     async def close(self) -> None:
         """Return when everything is on disk and the data directory is free."""
         self._flusher.cancel()
-        await self._flush()
-        await self._writer.close()
-        await asyncio.to_thread(self._readers.shutdown)
-        self._engine.dispose()
-        self._segments.close()
-        self._lock.release()
+        try:
+            await self._flush()
+        finally:
+            await self._writer.close()
+            await asyncio.to_thread(self._readers.shutdown)
+            self._engine.dispose()
+            self._segments.close()
+            self._lock.release()
 
     # ------------------------------------------------------------ operations
 
@@ -124,13 +118,10 @@ class Ledger:
         now = self._clock()
         outcome = None if refusal is None else encode(refusal)
         new = entries.NewEntry(stream, seq_id, kind, payload, num_tokens, now, details or {}, outcome)
-        entry: Entry = await self._writer.write(entries.append, new, len(payload))
-        self._remember(entry)
-        if not entry.repeated:
-            self._touches.models[stream] = now
-            if outcome is None:
-                self._blobs.put(f"payload {entry.request_id}", payload, len(payload))
-        return entry
+        self._touches.models[stream] = now
+        return await self._writer.write(
+            entries.append, new, len(payload), lambda entry: self._recent.appended(entry, payload)
+        )
 
     async def complete(
         self,
@@ -152,31 +143,28 @@ class Ledger:
         completion = entries.Completion(
             request_id, outcome, failed, size, self._clock(), cleared_gradients, tuple(also)
         )
-        entry: Entry = await self._writer.write(entries.complete, completion, len(outcome))
-        self._remember(entry)
-        if not entry.repeated:
-            self._blobs.drop(f"payload {request_id}")
-            self._blobs.put(f"outcome {request_id}", outcome, len(outcome))
-        return entry
+
+        def then(entry: Entry) -> None:
+            self._recent.completed(entry, outcome)
+            self._recent.changed(ModelRecord, (entry.stream,))
+            for record in also:
+                self._recent.changed(type(record), catalog.key_of(record))
+
+        return await self._writer.write(entries.complete, completion, len(outcome), then)
 
     async def entry(self, request_id: str) -> Entry | None:
-        return self._entries.get(request_id) or await self._read(entries.find, request_id)
+        return self._recent.entries.get(request_id) or await self._read(entries.find, request_id)
 
     async def payload(self, request_id: str) -> bytes:
         """KeyError if there is no such operation or its payload has expired."""
-        found = self._blobs.get(f"payload {request_id}")
-        if found is None:
-            found = await self._read(self._load, request_id, "payload")
+        found = await self._load(request_id, "payload")
         if found is None:
             raise KeyError(f"operation {request_id!r} has no payload: it is unknown or has expired")
         return found
 
     async def outcome(self, request_id: str) -> bytes | None:
         """None while it has not ended, and after its retention (`entry.expired`)."""
-        found = self._blobs.get(f"outcome {request_id}")
-        if found is None:
-            found = await self._read(self._load, request_id, "outcome")
-        return found
+        return await self._load(request_id, "outcome")
 
     async def pending(self, stream: str) -> list[Entry]:
         """Accepted and not ended, by seq_id."""
@@ -199,18 +187,28 @@ class Ledger:
         return await self._read(entries.highest_seq, stream)
 
     async def model_log(self, model_id: str, gap_timeout: float = GAP_TIMEOUT) -> ModelLog:
-        """The order of a model's operations as it stands, with all that waits. KeyError if there is no such model."""
-        return await self._read(_model_log, model_id, gap_timeout, self._clock())
+        """The order of a model's operations as it stands, with all that waits since now (`time.monotonic`).
+
+        KeyError if there is no such model.
+        """
+        return await self._read(_model_log, model_id, gap_timeout)
 
     # ------------------------------------------------------------ sessions, models, samplers, checkpoints, snapshots
 
     async def insert(self, record: R) -> R:
         """The stored record: this one, or the one that was first under its key."""
-        return self._fresh(await self._writer.write(catalog.insert, record))
+        stored = await self._change(catalog.insert, record, type(record), catalog.key_of(record))
+        return self._fresh(stored)
 
     async def get(self, kind: type[R], *key: Any) -> R | None:
         """By key: session_id, model_id, sampler_id, a checkpoint's path, a snapshot's model_id and seq_id."""
-        return self._fresh(await self._read(catalog.get, kind, key))
+        known = self._recent.record(kind, key)
+        if known is not None:
+            return self._fresh(known[0])
+        version = self._recent.version
+        record = await self._read(catalog.get, kind, key)
+        self._recent.read(kind, key, record, version)
+        return self._fresh(record)
 
     async def find(self, kind: type[R], *, limit: int | None = None, offset: int = 0, **fields: Any) -> list[R]:
         """The records that have these values, newest first."""
@@ -221,19 +219,24 @@ class Ledger:
 
     async def change(self, kind: type[R], *key: Any, **values: Any) -> R | None:
         """The record with new values; None if there is none. ValueError for a field that never changes."""
-        return self._fresh(await self._writer.write(catalog.change, catalog.Change(kind, key, values)))
+        return self._fresh(await self._change(catalog.change, catalog.Change(kind, key, values), kind, key))
 
     async def remove(self, kind: type[R], *key: Any) -> R | None:
         """The record that was there."""
-        return await self._writer.write(catalog.remove, (kind, key))
+        return await self._change(catalog.remove, (kind, key), kind, key)
 
     async def join_sampler(self, sampler_id: str) -> int | None:
         """The number of a new client (the first, its creator, is 0); None if there is no such sampler."""
-        return await self._writer.write(catalog.join_sampler, sampler_id)
+        return await self._change(catalog.join_sampler, sampler_id, SamplerRecord, (sampler_id,))
 
     async def prune_snapshots(self, model_id: str, keep: int = 2) -> list[SnapshotRecord]:
         """Remove all but the newest snapshots of a model; the removed, whose folders may now go."""
-        return await self._writer.write(catalog.prune_snapshots, (model_id, keep))
+
+        def then(removed: list[SnapshotRecord]) -> None:
+            for record in removed:
+                self._recent.changed(SnapshotRecord, catalog.key_of(record))
+
+        return await self._writer.write(catalog.prune_snapshots, (model_id, keep), then=then)
 
     # ------------------------------------------------------------ what may wait a little for the disk
 
@@ -253,27 +256,32 @@ class Ledger:
         now = self._clock() if now is None else now
         cutoff = retention.Cutoff(now - self._result_retention, now - self._unretrieved_retention, now)
         expired = 0
-        while gone := await self._writer.write(retention.expire, cutoff):
+        while gone := await self._writer.write(retention.expire, cutoff, then=self._recent.expired):
             expired += len(gone)
-            for request_id in gone:
-                self._entries.drop(request_id)
-                self._blobs.drop(f"payload {request_id}")
-                self._blobs.drop(f"outcome {request_id}")
-        empty = await self._writer.write(retention.remove_empty, self._segments.segment)
+        empty = await self._writer.write(retention.empty_segments, None)
         for segment in empty:
-            await asyncio.to_thread(segments.path(self._folder, segment).unlink, missing_ok=True)
+            await asyncio.to_thread(self._segments.delete, segment)
+        if empty:
+            await self._writer.write(retention.forget_segments, empty)
         return expired
 
     async def _flush(self) -> None:
         touches = catalog.Touches(dict(self._touches.sessions), dict(self._touches.models))
         retrieved = dict(self._retrieved)
-        if any(touches):
-            await self._writer.write(catalog.touch, touches)
+
+        def then(_: None) -> None:
             _forget(self._touches.sessions, touches.sessions)
             _forget(self._touches.models, touches.models)
+            for kind, times in ((SessionRecord, touches.sessions), (ModelRecord, touches.models)):
+                for key in times:
+                    self._recent.changed(kind, (key,))
+
+        if any(touches):
+            await self._writer.write(catalog.touch, touches, then=then)
         if retrieved:
-            await self._writer.write(retention.mark_retrieved, retrieved)
-            _forget(self._retrieved, retrieved)
+            await self._writer.write(
+                retention.mark_retrieved, retrieved, then=lambda _: _forget(self._retrieved, retrieved)
+            )
 
     async def _flush_regularly(self) -> None:
         while True:
@@ -281,9 +289,9 @@ class Ledger:
             try:
                 await self._flush()
             except Exception:
-                log.exception("heartbeats and retrievals of the last %s s were not recorded", FLUSH_SECONDS)
+                log.exception("heartbeats and retrievals could not be recorded; they wait for the next round")
 
-    # ------------------------------------------------------------ helpers
+    # ------------------------------------------------------------ inside
 
     async def _read(self, function: Callable[..., T], *arguments: Any) -> T:
         def run() -> T:
@@ -292,19 +300,22 @@ class Ledger:
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
 
-    def _load(self, connection: Connection, request_id: str, which: str) -> bytes | None:
-        """An entry's "payload" or "outcome"; None if it has none, or none any more."""
-        stored = entries.stored(connection, request_id)
-        if stored is None:
-            return None
-        blob: segments.Blob | None = getattr(stored, which)
-        if blob is None:
-            is_there = not stored.entry.expired and (which == "payload" or stored.entry.state != "accepted")
-            return b"" if is_there else None
-        return segments.read(self._folder, blob)
+    async def _load(self, request_id: str, part: str) -> bytes | None:
+        found = self._recent.blobs.get((request_id, part))
+        if found is not None:
+            return found
+        try:
+            return await self._read(entries.load, self._segments.folder, request_id, part)
+        except segments.Corrupt:
+            # It may have expired, and its file gone, between the look into SQL and the one into the file.
+            entry = await self.entry(request_id)
+            if entry is not None and entry.expired:
+                return None
+            raise
 
-    def _remember(self, entry: Entry) -> None:
-        self._entries.put(entry.request_id, replace(entry, repeated=False) if entry.repeated else entry)
+    async def _change(self, function: Callable[..., Any], argument: Any, kind: type, key: tuple[Any, ...]) -> Any:
+        """Write something that changes this record."""
+        return await self._writer.write(function, argument, then=lambda _: self._recent.changed(kind, key))
 
     def _fresh(self, record: R) -> R:
         """The record with the heartbeat or last use that is not on disk yet."""
@@ -322,25 +333,22 @@ def _forget(times: dict[str, float], written: dict[str, float]) -> None:
             del times[key]
 
 
-def _open(data_dir: Path, url: str | None) -> tuple[Path, DataDirLock, Engine, segments.SegmentWriter, int]:
+def _open(data_dir: Path, url: str | None) -> tuple[DataDirLock, Engine, segments.SegmentWriter, int]:
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = DataDirLock(data_dir)
     try:
         engine = database.connect(url or f"sqlite:///{data_dir.absolute() / 'ledger.db'}", READERS + 1)
         database.migrate(engine)
-        folder = data_dir / "segments"
-        segment_writer = segments.SegmentWriter(folder)
+        segment_writer = segments.SegmentWriter(data_dir / "segments")
         with engine.connect() as connection:
             last_completion = entries.highest_completion(connection)
-            for segment in retention.unreferenced(connection, segments.present(folder), segment_writer.segment):
-                segments.path(folder, segment).unlink()
     except BaseException:
         lock.release()
         raise
-    return folder, lock, engine, segment_writer, last_completion
+    return lock, engine, segment_writer, last_completion
 
 
-def _model_log(connection: Connection, model_id: str, gap_timeout: float, now: float) -> ModelLog:
+def _model_log(connection: Connection, model_id: str, gap_timeout: float) -> ModelLog:
     model = catalog.get(connection, ModelRecord, (model_id,))
     if model is None:
         raise KeyError(f"no model {model_id!r}")
@@ -348,4 +356,4 @@ def _model_log(connection: Connection, model_id: str, gap_timeout: float, now: f
     waiting = entries.pending(connection, model_id)
     ended = entries.history(connection, model_id, last_step)
     in_order = sorted(waiting + ended, key=lambda entry: entry.seq_id)
-    return ModelLog.recovered(model.applied_seq, last_step, in_order, now, gap_timeout)
+    return ModelLog.recovered(model.applied_seq, last_step, in_order, time.monotonic(), gap_timeout)

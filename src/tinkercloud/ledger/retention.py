@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, func, or_, select, update
 
-from tinkercloud.ledger.schema import IS_KEPT, entries, models, segments, snapshots
+from tinkercloud.ledger.schema import IS_KEPT, entries, models, segments, small_blobs, snapshots
+from tinkercloud.ledger.segments import Blob
 from tinkercloud.ledger.writer import Transaction
 
 RESULT_RETENTION = 3600.0
@@ -37,7 +38,8 @@ def _expire(transaction: Transaction, cutoff: Cutoff) -> list[str]:
     connection = transaction.connection
     is_old = or_(entries.c.retrieved_at < cutoff.retrieved, entries.c.ended_at < cutoff.ended)
     where = and_(entries.c.ended_at.is_not(None), IS_KEPT, is_old, ~_needed_for_replay())
-    rows = connection.execute(select(entries).where(where).limit(EXPIRE_ENTRIES)).all()
+    columns = (entries.c.request_id, entries.c.payload_segment, entries.c.outcome_segment)
+    rows = connection.execute(select(*columns).where(where).limit(EXPIRE_ENTRIES)).all()
     if not rows:
         return []
     released = Counter(
@@ -45,12 +47,12 @@ def _expire(transaction: Transaction, cutoff: Cutoff) -> list[str]:
     )
     for segment, blobs in released.items():
         transaction.release(segment, blobs)
-    names = [f"{blob}_{part}" for blob in ("payload", "outcome") for part in ("segment", "offset", "length")]
-    forget = update(entries).where(entries.c.request_id == bindparam("key"))
-    connection.execute(
-        forget.values(expired_at=cutoff.now, **dict.fromkeys(names)), [{"key": row.request_id} for row in rows]
-    )
-    return [row.request_id for row in rows]
+    keys = [row.request_id for row in rows]
+    connection.execute(delete(small_blobs).where(small_blobs.c.request_id.in_(keys)))
+    names = [f"{part}_{field}" for part in ("payload", "outcome") for field in Blob._fields]
+    forget = update(entries).where(entries.c.request_id.in_(keys))
+    connection.execute(forget.values(expired_at=cutoff.now, **dict.fromkeys(names)))
+    return keys
 
 
 def _needed_for_replay() -> ColumnElement[bool]:
@@ -63,21 +65,20 @@ def _needed_for_replay() -> ColumnElement[bool]:
     )
 
 
-def remove_empty(transaction: Transaction, newest: list[int]) -> list[list[int]]:
-    """For each newest segment: those before it that hold nothing any more. Their files may be deleted."""
-    results = []
-    for segment in newest:
-        where = and_(segments.c.blobs == 0, segments.c.segment < segment)
-        empty = list(transaction.connection.scalars(select(segments.c.segment).where(where)))
-        transaction.connection.execute(delete(segments).where(segments.c.segment.in_(empty)))
-        results.append(empty)
-    return results
+def empty_segments(transaction: Transaction, requests: list[None]) -> list[list[int]]:
+    """For each request: the segments that are full and hold nothing any more, whose files may be deleted.
+
+    Counted before this transaction's own blobs: what was empty and not the newest then is not written to again.
+    """
+    where = and_(segments.c.blobs == 0, segments.c.segment < transaction.oldest_open_segment)
+    return [list(transaction.connection.scalars(select(segments.c.segment).where(where))) for _ in requests]
 
 
-def unreferenced(connection: Connection, present: list[int], newest: int) -> list[int]:
-    """Which of the segment files before the newest nothing refers to: a crash came before their commit."""
-    known = set(connection.scalars(select(segments.c.segment)))
-    return [segment for segment in present if segment < newest and segment not in known]
+def forget_segments(transaction: Transaction, deleted: list[list[int]]) -> list[None]:
+    """Their files are gone."""
+    gone = [segment for batch in deleted for segment in batch]
+    transaction.connection.execute(delete(segments).where(segments.c.segment.in_(gone)))
+    return [None] * len(deleted)
 
 
 def mark_retrieved(transaction: Transaction, times: list[dict[str, float]]) -> list[None]:

@@ -1,13 +1,26 @@
 """The ledger's tables.
 
-SQL holds what is searched and ordered; payloads and outcomes lie in segment files (`segments.py`) and are named here by
-(segment, offset, length). A change here needs a migration beside `migrations/versions/0001_initial.py`; a test compares
-the two.
+SQL holds what is searched and ordered, and small blobs; large payloads and outcomes lie in segment files
+(`segments.py`) and are named here by (segment, offset, length). A change here needs a migration beside
+`migrations/versions/0001_initial.py`; a test compares the two.
 """
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, text
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    text,
+)
 
 metadata = MetaData(
     naming_convention={
@@ -135,10 +148,20 @@ IS_KEPT = text("expired_at IS NULL")
 Index("ix_entries_accepted", entries.c.stream, sqlite_where=IS_ACCEPTED, postgresql_where=IS_ACCEPTED)
 Index("ix_entries_kept", entries.c.ended_at, sqlite_where=IS_KEPT, postgresql_where=IS_KEPT)
 
+small_blobs = Table(
+    "small_blobs",
+    metadata,
+    Column("request_id", String, primary_key=True),
+    Column("part", String, primary_key=True),
+    Column("data", LargeBinary, nullable=False),
+    Column("crc", BigInteger, nullable=False),
+)
+"""Payloads and outcomes ("part") too small for a segment file: here they cost no second wait for the disk."""
+
 segments = Table(
     "segments",
     metadata,
     Column("segment", Integer, primary_key=True, autoincrement=False),
     Column("blobs", BigInteger, nullable=False),
 )
-"""How many blobs of each segment file are still referenced; at 0 the file can go."""
+"""How many blobs in each segment file are still referenced; at 0 the file can go."""

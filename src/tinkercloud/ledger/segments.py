@@ -33,47 +33,53 @@ class Blob(NamedTuple):
     length: int
 
 
-def path(folder: Path, segment: int) -> Path:
+def _path(folder: Path, segment: int) -> Path:
     return folder / f"{segment:08d}{_SUFFIX}"
 
 
-def present(folder: Path) -> list[int]:
-    """The segments that have a file, oldest first."""
-    return sorted(int(file.stem) for file in folder.glob(f"*{_SUFFIX}"))
-
-
 def read(folder: Path, blob: Blob) -> bytes:
-    """The blob's bytes, checked. Raises `Corrupt`; FileNotFoundError if its segment was deleted after it expired."""
-    file = path(folder, blob.segment)
-    with file.open("rb", buffering=0) as stream:
-        stored = os.pread(stream.fileno(), _HEADER.size + blob.length, blob.offset)
-    data = memoryview(stored)[_HEADER.size :]
-    if len(stored) < _HEADER.size or _HEADER.unpack_from(stored) != (len(data), zlib.crc32(data)):
+    """The blob's bytes, checked. Raises `Corrupt`, also if the file is gone."""
+    file = _path(folder, blob.segment)
+    try:
+        stream = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise Corrupt(f"{file} is missing: restore the data directory from a backup") from None
+    try:
+        header = os.pread(stream, _HEADER.size, blob.offset)
+        data = os.pread(stream, blob.length, blob.offset + _HEADER.size)
+    finally:
+        os.close(stream)
+    if header != _HEADER.pack(blob.length, zlib.crc32(data)):
         raise Corrupt(
-            f"{file}: the {blob.length} bytes at offset {blob.offset} are damaged (length or checksum differs). "
-            "Restore the data directory from a backup, or delete what uses them."
+            f"{file}: the {blob.length} bytes at offset {blob.offset} are damaged (length or checksum differs): "
+            "restore the data directory from a backup"
         )
-    return bytes(data)
+    return data
 
 
 class SegmentWriter:
-    """Appends blobs to the newest segment. One thread at a time."""
+    """Appends blobs to the newest segment; one thread at a time. `folder` holds the files."""
 
     def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+        self.folder = folder
         self._segment_bytes = segment_bytes
         self._dirty = False
-        self._open(max(present(folder), default=1))
+        self._file: int | None = None
+        self._open(max((int(file.stem) for file in folder.glob(f"*{_SUFFIX}")), default=1))
 
     def _open(self, segment: int) -> None:
-        file = path(self._folder, segment)
+        """Go on at the end of this segment's file, which may be a new one."""
+        file = _path(self.folder, segment)
         is_new = not file.exists()
-        self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if self._file is not None:
+            os.close(self._file)
+        self._file = opened
         self.segment = segment
-        self.end = os.fstat(self._file).st_size
+        self.end = os.fstat(opened).st_size
         if is_new:
-            folder = os.open(self._folder, os.O_RDONLY)
+            folder = os.open(self.folder, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
@@ -83,7 +89,6 @@ class SegmentWriter:
         """Write a blob; it is on disk after the next `sync`. Raises OSError, such as when the disk is full."""
         if self.end >= self._segment_bytes:
             self.sync()
-            os.close(self._file)
             self._open(self.segment + 1)
         blob = Blob(self.segment, self.end, len(data))
         self._dirty = True
@@ -108,13 +113,17 @@ class SegmentWriter:
     def rewind(self, position: tuple[int, int]) -> None:
         """Give back the space of blobs appended since `position`; nothing may refer to them."""
         segment, end = position
-        if self.segment != segment:
-            os.close(self._file)
-            for newer in range(segment + 1, self.segment + 1):
-                path(self._folder, newer).unlink(missing_ok=True)
+        newest = self.segment
+        if newest != segment:
             self._open(segment)
+            for newer in range(segment + 1, newest + 1):
+                self.delete(newer)
         os.ftruncate(self._file, end)
         self.end = end
+
+    def delete(self, segment: int) -> None:
+        """Delete the file of a segment that is not in use and to which nothing refers."""
+        _path(self.folder, segment).unlink(missing_ok=True)
 
     def close(self) -> None:
         os.close(self._file)

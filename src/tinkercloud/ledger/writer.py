@@ -12,17 +12,21 @@ import errno
 import queue
 import sqlite3
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, insert, update
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from tinkercloud.errors import Unavailable
-from tinkercloud.ledger.schema import segments as segments_table
+from tinkercloud.ledger import schema
 from tinkercloud.ledger.segments import Blob, SegmentWriter
+
+SMALL_BYTES = 64 * 2**10
+"""Blobs up to this size go into SQL, so that their write waits for one file to reach the disk and not for two."""
 
 MAX_BATCH_WRITES = 1024
 MAX_BATCH_BYTES = 64 * 2**20
@@ -42,11 +46,17 @@ class Transaction:
         self.connection = connection
         self._segments = segments
         self._completions = completions
+        self.oldest_open_segment = segments.segment
+        """The segments before this one get no more blobs, neither from this transaction nor from a later one."""
+        self._small_blobs: list[dict[str, Any]] = []
         self._blobs: Counter[int] = Counter()
 
-    def store(self, data: bytes) -> Blob | None:
-        """Append a blob; None for empty data, which needs no place."""
-        if not data:
+    def store(self, request_id: str, part: str, data: bytes) -> Blob | None:
+        """Keep an operation's "payload" or "outcome"; None unless it went into a segment. Empty data needs no place."""
+        if len(data) <= SMALL_BYTES:
+            if data:
+                row = {"request_id": request_id, "part": part, "data": data, "crc": zlib.crc32(data)}
+                self._small_blobs.append(row)
             return None
         blob = self._segments.append(data)
         self._blobs[blob.segment] += 1
@@ -59,13 +69,16 @@ class Transaction:
     def next_completion(self) -> int:
         return next(self._completions)
 
-    def count_blobs(self) -> None:
-        """Write how many blobs of each segment are referenced."""
-        table = segments_table
+    def finish(self) -> None:
+        """Write small blobs and how many blobs of each segment are referenced; return when segments are on disk."""
+        if self._small_blobs:
+            self.connection.execute(insert(schema.small_blobs), self._small_blobs)
+        table = schema.segments
         for segment, change in self._blobs.items():
             known = update(table).where(table.c.segment == segment).values(blobs=table.c.blobs + change)
             if change and self.connection.execute(known).rowcount == 0:
                 self.connection.execute(insert(table).values(segment=segment, blobs=change))
+        self._segments.sync()
 
 
 WriteFunction = Callable[[Transaction, list[Any]], list[Any]]
@@ -76,6 +89,7 @@ class _Write(NamedTuple):
     function: WriteFunction
     argument: Any
     size: int
+    then: Callable[[Any], None] | None
     waiter: asyncio.Future[Any]
 
 
@@ -93,15 +107,18 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
         self._thread.start()
 
-    async def write(self, function: WriteFunction, argument: Any, size: int = 0) -> Any:
+    async def write(
+        self, function: WriteFunction, argument: Any, size: int = 0, then: Callable[[Any], None] | None = None
+    ) -> Any:
         """The function's result for this argument, once it is on disk. `size` is that of its blobs, in bytes.
 
-        Raises what the function raised for it alone, and `DiskFull`. A cancelled caller's write still happens.
+        Raises what the function raised for it alone, and `DiskFull`. A cancelled caller's write still happens. `then`
+        is called with the result in any case, on the event loop, in the order of the writes, before callers go on.
         """
         if self._closed:
             raise RuntimeError("the ledger is closed")
         waiter = self._loop.create_future()
-        self._queue.put(_Write(function, argument, size, waiter))
+        self._queue.put(_Write(function, argument, size, then, waiter))
         return await waiter
 
     async def close(self) -> None:
@@ -134,12 +151,12 @@ class Writer:
         return batch
 
     def _commit(self, batch: list[_Write]) -> None:
-        """Write a batch. If something in it fails, find it by halving, so that it fails alone."""
+        """Write a batch. If a write in it is at fault, find it by halving, so that it fails alone."""
         try:
             results = self._transact(batch)
         except Exception as error:
-            if len(batch) == 1:
-                self._loop.call_soon_threadsafe(_fail, batch[0].waiter, _explained(error))
+            if len(batch) == 1 or isinstance(error, OSError | OperationalError):
+                self._loop.call_soon_threadsafe(_fail, batch, _explained(error))
                 return
             middle = len(batch) // 2
             self._commit(batch[:middle])
@@ -155,8 +172,7 @@ class Writer:
             try:
                 for function, writes in groupby(batch, key=lambda write: write.function):
                     results += function(transaction, [write.argument for write in writes])
-                transaction.count_blobs()
-                self._segments.sync()
+                transaction.finish()
             except BaseException:
                 connection.rollback()
                 self._segments.rewind(start)
@@ -168,13 +184,16 @@ class Writer:
 
 def _resolve(batch: list[_Write], results: list[Any]) -> None:
     for write, result in zip(batch, results, strict=True):
+        if write.then is not None:
+            write.then(result)
         if not write.waiter.done():
             write.waiter.set_result(result)
 
 
-def _fail(waiter: asyncio.Future[Any], error: Exception) -> None:
-    if not waiter.done():
-        waiter.set_exception(error)
+def _fail(batch: list[_Write], error: Exception) -> None:
+    for write in batch:
+        if not write.waiter.done():
+            write.waiter.set_exception(error)
 
 
 def _explained(error: Exception) -> Exception:

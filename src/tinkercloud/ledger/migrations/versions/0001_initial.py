@@ -121,6 +121,14 @@ def upgrade() -> None:
     )
     op.create_index("ix_sessions_owner_created_at", "sessions", ["owner", "created_at"])
     op.create_table(
+        "small_blobs",
+        sa.Column("request_id", sa.String(), nullable=False),
+        sa.Column("part", sa.String(), nullable=False),
+        sa.Column("data", sa.LargeBinary(), nullable=False),
+        sa.Column("crc", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("request_id", "part", name="pk_small_blobs"),
+    )
+    op.create_table(
         "snapshots",
         sa.Column("model_id", sa.String(), nullable=False),
         sa.Column("seq_id", sa.BigInteger(), autoincrement=False, nullable=False),
@@ -131,5 +139,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    for table in ("checkpoints", "entries", "models", "samplers", "segments", "sessions", "snapshots"):
+    for table in ("checkpoints", "entries", "models", "samplers", "segments", "sessions", "small_blobs", "snapshots"):
         op.drop_table(table)

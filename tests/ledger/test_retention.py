@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from tests.ledger.conftest import MODEL, Clock, model_record
+from tinkercloud.ledger import Ledger
+from tinkercloud.ledger.records import SnapshotRecord
+from tinkercloud.ledger.retention import EXPIRE_ENTRIES, RESULT_RETENTION, UNRETRIEVED_RETENTION
+from tinkercloud.ledger.segments import SEGMENT_BYTES
+
+pytestmark = pytest.mark.anyio
+
+
+async def end(ledger: Ledger, stream: str, seq_id: int, size: int = 10) -> str:
+    entry = await ledger.append(stream, seq_id, "sample", b"p" * size)
+    await ledger.complete(entry.request_id, b"o" * size)
+    return entry.request_id
+
+
+async def is_expired(ledger: Ledger, request_id: str) -> bool:
+    entry = await ledger.entry(request_id)
+    outcome = await ledger.outcome(request_id)
+    assert entry is not None and entry.expired == (outcome is None)
+    return entry.expired
+
+
+async def test_a_result_goes_a_while_after_it_was_retrieved(ledger: Ledger, clock: Clock) -> None:
+    retrieved, waiting = await end(ledger, "s", 0), await end(ledger, "s", 1)
+    accepted = (await ledger.append("s", 2, "sample", b"p")).request_id
+    await ledger.retrieved(retrieved)
+    clock.now += RESULT_RETENTION - 1
+    await ledger.retrieved(retrieved)
+    assert await ledger.expire() == 0
+    clock.now += 2
+    assert await ledger.expire() == 1
+    assert await is_expired(ledger, retrieved) and not await is_expired(ledger, waiting)
+    with pytest.raises(KeyError, match="expired"):
+        await ledger.payload(retrieved)
+    repeat = await ledger.append("s", 0, "sample", b"p")
+    assert repeat.repeated and repeat.expired
+    clock.now += UNRETRIEVED_RETENTION
+    assert await ledger.expire() == 1
+    assert await is_expired(ledger, waiting)
+    assert await ledger.payload(accepted) == b"p"
+
+
+async def test_what_a_replay_needs_stays(ledger: Ledger, clock: Clock) -> None:
+    await ledger.insert(model_record())
+    ids = [await end(ledger, MODEL, seq_id) for seq_id in range(6)]
+    clock.now += UNRETRIEVED_RETENTION + 1
+    assert await ledger.expire() == 0
+    await ledger.insert(SnapshotRecord(MODEL, 1, "folder", 1.0))
+    await ledger.insert(SnapshotRecord(MODEL, 3, "folder", 1.0))
+    assert await ledger.expire() == 2
+    assert [await is_expired(ledger, key) for key in ids] == [True, True, False, False, False, False]
+    await ledger.prune_snapshots(MODEL, keep=1)
+    assert await ledger.expire() == 2
+    unload = await ledger.append(MODEL, 6, "unload_model", b"")
+    await ledger.complete(unload.request_id, b"o")
+    assert await ledger.expire() == 2
+
+
+async def test_many_expire_in_several_writes(ledger: Ledger, clock: Clock) -> None:
+    number = EXPIRE_ENTRIES + 10
+    await asyncio.gather(*(end(ledger, "s", n) for n in range(number)))
+    clock.now += UNRETRIEVED_RETENTION + 1
+    assert await ledger.expire() == number
+
+
+async def test_an_empty_segment_file_goes_and_the_others_stay(tmp_path: Path, clock: Clock) -> None:
+    ledger = await Ledger.open(tmp_path, clock=clock)
+    half = SEGMENT_BYTES // 4
+    gone = await end(ledger, "s", 0, half)
+    also_gone = await end(ledger, "s", 1, half)
+    stays = await end(ledger, "s", 2, half)
+    assert len(list((tmp_path / "segments").iterdir())) == 2
+    await ledger.retrieved(gone)
+    clock.now += RESULT_RETENTION + 1
+    await ledger.expire()
+    assert len(list((tmp_path / "segments").iterdir())) == 2
+    await ledger.retrieved(also_gone)
+    clock.now += RESULT_RETENTION + 1
+    await ledger.expire()
+    assert len(list((tmp_path / "segments").iterdir())) == 1
+    await ledger.close()
+    ledger = await Ledger.open(tmp_path, clock=clock)
+    assert await ledger.outcome(stays) == b"o" * half
+    assert await is_expired(ledger, gone)
+    new = await end(ledger, "s", 3, half)
+    await ledger.close()
+    ledger = await Ledger.open(tmp_path, clock=clock)
+    assert await ledger.payload(new) == b"p" * half
+    await ledger.close()
