@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # The SDK's package imports torch when it finds it: 3 s and hundreds of MB that this process has no use for.
 sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
@@ -46,15 +47,11 @@ def run(
 
 
 class _Server(uvicorn.Server):
-    """Releases the held polls as soon as the signal comes, so that a stop does not wait for them."""
+    """Leaves signals to the control process: uvicorn would end the process before the engines are stopped."""
 
-    def __init__(self, config: uvicorn.Config, service: Service):
-        super().__init__(config)
-        self._service = service
-
-    def handle_exit(self, sig, frame) -> None:
-        asyncio.get_running_loop().call_soon_threadsafe(self._service.release)
-        super().handle_exit(sig, frame)
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 async def _serve(
@@ -70,7 +67,15 @@ async def _serve(
         timeout_keep_alive=75,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
-    server = _Server(config, service)
+    server = _Server(config)
+
+    def stop() -> None:
+        service.release()  # at once, so that the stop does not wait for held polls
+        server.force_exit = server.should_exit  # the second signal waits for nobody
+        server.should_exit = True
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(signum, stop)
     background = [
         asyncio.create_task(keep_house(service), name="housekeeping"),
         asyncio.create_task(_announce_ready(service, server, on_ready), name="readiness"),

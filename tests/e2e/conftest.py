@@ -28,4 +28,4 @@ def client(server):
 @pytest.fixture
 def training(client):
     """A fresh training client on the embedded model."""
-    return client.create_lora_training_client(base_model="tinkercloud/nano", rank=8, seed=1)
+    return client.create_lora_training_client(base_model="tinkercloud/nano", rank=8, seed=1).result()

@@ -23,14 +23,14 @@ def batch(training):
 
 
 def test_training_lowers_the_loss_and_shows_in_samples(training, batch):
-    adam = types.AdamParams(learning_rate=1e-2)
+    adam = types.AdamParams(learning_rate=3e-3)
     losses = []
-    for _ in range(8):
+    for _ in range(30):
         forward_backward = training.forward_backward(batch, "cross_entropy")
         step = training.optim_step(adam)
         losses.append(forward_backward.result().metrics["loss:sum"])
         step.result()
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < losses[0] / 4
 
     tokenizer = training.get_tokenizer()
     sampler = training.save_weights_and_get_sampling_client().result()
@@ -64,9 +64,9 @@ def test_a_resumed_run_goes_on_with_the_same_losses(client, training, batch):
     steps(training, 3)
     path = training.save_state("middle").result().path
     expected = steps(training, 3)
-    resumed = client.create_training_client_from_state_with_optimizer(path)
+    resumed = client.create_training_client_from_state_with_optimizer(path).result()
     assert steps(resumed, 3) == expected
-    fresh = client.create_training_client_from_state(path)
+    fresh = client.create_training_client_from_state(path).result()
     assert steps(fresh, 3)[0] == expected[0], "the weights are the checkpoint's, the moments are not"
 
 
@@ -99,4 +99,4 @@ def test_the_sampler_and_the_trainer_agree(training, batch):
 
 def test_an_unknown_base_model_is_refused_with_the_served_ones(client):
     with pytest.raises(tinker.NotFoundError, match="tinkercloud/nano"):
-        client.create_lora_training_client(base_model="nobody/nothing")
+        client.create_lora_training_client(base_model="nobody/nothing").result()

@@ -16,7 +16,7 @@ STEPS = 12
 def train(url: str, at_step=lambda step: None) -> list[float]:
     """A pipelined training loop with a sample in the middle; its losses and the sampled tokens."""
     client = tinker.ServiceClient(base_url=url, api_key="tml-test")
-    run = client.create_lora_training_client(base_model="tinkercloud/nano", rank=4, seed=3)
+    run = client.create_lora_training_client(base_model="tinkercloud/nano", rank=4, seed=3).result()
     seen = []
     for step in range(STEPS):
         forward_backward = run.forward_backward(BATCH, "cross_entropy")
@@ -53,7 +53,7 @@ def test_a_script_outlives_its_server(tmp_path, undisturbed, end):
 def test_a_stop_ends_cleanly_and_quickly_while_clients_wait(tmp_path):
     with Server(tmp_path / "data") as server:
         client = tinker.ServiceClient(base_url=server.url, api_key="tml-test")
-        run = client.create_lora_training_client(base_model="tinkercloud/nano", rank=4)
+        run = client.create_lora_training_client(base_model="tinkercloud/nano", rank=4).result()
         run.forward_backward(BATCH * 200, "cross_entropy")
         assert server.stop() == 0
         assert "Traceback" not in server.log.read_text()
