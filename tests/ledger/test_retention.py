@@ -49,6 +49,9 @@ async def test_a_result_goes_a_while_after_it_was_retrieved(ledger: Ledger, cloc
 
 async def test_what_a_replay_needs_stays(ledger: Ledger, clock: Clock) -> None:
     await ledger.insert(model_record())
+    await ledger.insert(model_record("another", 1))
+    await end(ledger, "another", 2)
+    await ledger.insert(SnapshotRecord("another", 1, "folder", 1.0))
     ids = [await end(ledger, MODEL, seq_id) for seq_id in range(6)]
     clock.now += UNRETRIEVED_RETENTION + 1
     assert await ledger.expire() == 0

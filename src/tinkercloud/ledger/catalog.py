@@ -184,11 +184,8 @@ def find(
     kind = _KINDS[record_type]
     keys = [kind.table.c[name].desc() for name in kind.key]
     query = select(kind.table).where(_where(kind.table, where)).order_by(kind.table.c[kind.newest].desc(), *keys)
-    if limit is not None:
-        query = query.limit(limit)
-    elif offset:
-        query = query.limit(2**62)
-    return [_record(record_type, row._mapping) for row in connection.execute(query.offset(offset))]
+    rows = connection.execute(query.limit(limit).offset(offset))
+    return [_record(record_type, row._mapping) for row in rows]
 
 
 def count(connection: Connection, record_type: type, where: dict[str, Any]) -> int:

@@ -36,6 +36,8 @@ class NewEntry(Struct, frozen=True):
     details: dict[str, Any]
     refusal: bytes | None = None
     """The encoded failure of an operation that was refused on arrival."""
+    expires_at: float | None = None
+    """When a refusal is forgotten."""
 
 
 class Completion(Struct, frozen=True):
@@ -45,7 +47,7 @@ class Completion(Struct, frozen=True):
     outcome: bytes
     failed: bool
     result_bytes: int
-    ended_at: float
+    expires_at: float
     cleared_gradients: bool = False
     also: tuple[CatalogRecord, ...] = ()
 
@@ -94,7 +96,7 @@ def _row(transaction: Transaction, new: NewEntry, key: str, seq_id: int) -> dict
         "state": "refused" if is_refused else "accepted",
         "num_tokens": new.num_tokens,
         "created_at": new.created_at,
-        "ended_at": new.created_at if is_refused else None,
+        "expires_at": new.expires_at,
         "completion": transaction.next_completion() if is_refused else 0,
         "result_bytes": len(new.refusal or b""),
         "cleared_gradients": False,
@@ -113,7 +115,7 @@ _COMPLETE = (
             name: bindparam(name)
             for name in (
                 "state",
-                "ended_at",
+                "expires_at",
                 "completion",
                 "result_bytes",
                 "cleared_gradients",
@@ -154,7 +156,7 @@ def complete(transaction: Transaction, completions: list[Completion]) -> list[En
         row = {
             "key": completion.request_id,
             "state": "failed" if completion.failed else "done",
-            "ended_at": completion.ended_at,
+            "expires_at": completion.expires_at,
             "completion": transaction.next_completion(),
             "result_bytes": completion.result_bytes,
             "cleared_gradients": completion.cleared_gradients,
@@ -244,13 +246,10 @@ def highest_seq(connection: Connection, stream: str) -> int:
 
 def last_step(connection: Connection, stream: str) -> int:
     """seq_id of the newest optim_step that left no accumulated gradients; -1 if there is none."""
-    query = select(func.max(entries.c.seq_id)).where(
-        entries.c.stream == stream,
-        entries.c.kind == "optim_step",
-        (entries.c.state == "done") | entries.c.cleared_gradients,
-    )
-    highest = connection.scalar(query)
-    return -1 if highest is None else highest
+    left_none = (entries.c.state == "done") | entries.c.cleared_gradients
+    where = and_(entries.c.stream == stream, entries.c.kind == "optim_step", left_none)
+    newest = connection.scalar(select(entries.c.seq_id).where(where).order_by(entries.c.seq_id.desc()).limit(1))
+    return -1 if newest is None else newest
 
 
 def highest_completion(connection: Connection) -> int:

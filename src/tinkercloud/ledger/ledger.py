@@ -117,7 +117,8 @@ class Ledger:
         """
         now = self._clock()
         outcome = None if refusal is None else encode(refusal)
-        new = entries.NewEntry(stream, seq_id, kind, payload, num_tokens, now, details or {}, outcome)
+        expires_at = None if refusal is None else now + self._unretrieved_retention
+        new = entries.NewEntry(stream, seq_id, kind, payload, num_tokens, now, details or {}, outcome, expires_at)
         self._touches.models[stream] = now
         return await self._writer.write(
             entries.append, new, len(payload), lambda entry: self._recent.appended(entry, payload)
@@ -140,9 +141,8 @@ class Ledger:
         ones with their key). `result_bytes` is the size that a client is told; by default the outcome's.
         """
         size = len(outcome) if result_bytes is None else result_bytes
-        completion = entries.Completion(
-            request_id, outcome, failed, size, self._clock(), cleared_gradients, tuple(also)
-        )
+        expires_at = self._clock() + self._unretrieved_retention
+        completion = entries.Completion(request_id, outcome, failed, size, expires_at, cleared_gradients, tuple(also))
 
         def then(entry: Entry) -> None:
             self._recent.completed(entry, outcome)
@@ -246,7 +246,7 @@ class Ledger:
 
     async def retrieved(self, request_id: str) -> None:
         """Its outcome has reached the client: the retention time begins."""
-        self._retrieved.setdefault(request_id, self._clock())
+        self._retrieved.setdefault(request_id, self._clock() + self._result_retention)
         if len(self._retrieved) >= MAX_UNFLUSHED:
             await self._flush()
 
@@ -254,9 +254,8 @@ class Ledger:
         """Drop what is past its retention: how many entries lost payload and outcome."""
         await self._flush()
         now = self._clock() if now is None else now
-        cutoff = retention.Cutoff(now - self._result_retention, now - self._unretrieved_retention, now)
         expired = 0
-        while gone := await self._writer.write(retention.expire, cutoff, then=self._recent.expired):
+        while gone := await self._writer.write(retention.expire, now, then=self._recent.expired):
             expired += len(gone)
         empty = await self._writer.write(retention.empty_segments, None)
         for segment in empty:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, bindparam, delete, exists, func, select, update
 
 from tinkercloud.ledger.schema import IS_KEPT, entries, models, segments, small_blobs, snapshots
 from tinkercloud.ledger.segments import Blob
@@ -21,23 +20,14 @@ EXPIRE_ENTRIES = 1000
 """Entries that one write expires, so that others need not wait long for their turn."""
 
 
-class Cutoff(NamedTuple):
-    """Times (seconds since the epoch): results retrieved, or ended, before the first two expire now."""
-
-    retrieved: float
-    ended: float
-    now: float
+def expire(transaction: Transaction, times: list[float]) -> list[list[str]]:
+    """For each time: the request ids of at most `EXPIRE_ENTRIES` entries whose payload and outcome are now gone."""
+    return [_expire(transaction, now) for now in times]
 
 
-def expire(transaction: Transaction, cutoffs: list[Cutoff]) -> list[list[str]]:
-    """For each cutoff: the request ids of at most `EXPIRE_ENTRIES` entries whose payload and outcome are now gone."""
-    return [_expire(transaction, cutoff) for cutoff in cutoffs]
-
-
-def _expire(transaction: Transaction, cutoff: Cutoff) -> list[str]:
+def _expire(transaction: Transaction, now: float) -> list[str]:
     connection = transaction.connection
-    is_old = or_(entries.c.retrieved_at < cutoff.retrieved, entries.c.ended_at < cutoff.ended)
-    where = and_(entries.c.ended_at.is_not(None), IS_KEPT, is_old, ~_needed_for_replay())
+    where = and_(IS_KEPT, entries.c.expires_at < now, ~_needed_for_replay())
     columns = (entries.c.request_id, entries.c.payload_segment, entries.c.outcome_segment)
     rows = connection.execute(select(*columns).where(where).limit(EXPIRE_ENTRIES)).all()
     if not rows:
@@ -51,17 +41,17 @@ def _expire(transaction: Transaction, cutoff: Cutoff) -> list[str]:
     connection.execute(delete(small_blobs).where(small_blobs.c.request_id.in_(keys)))
     names = [f"{part}_{field}" for part in ("payload", "outcome") for field in Blob._fields]
     forget = update(entries).where(entries.c.request_id.in_(keys))
-    connection.execute(forget.values(expired_at=cutoff.now, **dict.fromkeys(names)))
+    connection.execute(forget.values(expired_at=now, **dict.fromkeys(names)))
     return keys
 
 
 def _needed_for_replay() -> ColumnElement[bool]:
     """The entry is in a live model's log behind its oldest snapshot (all of it, if the model has none)."""
-    oldest = select(func.min(snapshots.c.seq_id)).where(snapshots.c.model_id == entries.c.stream).scalar_subquery()
+    oldest = select(func.min(snapshots.c.seq_id)).where(snapshots.c.model_id == entries.c.stream)
     return exists().where(
         models.c.model_id == entries.c.stream,
         models.c.state == "live",
-        entries.c.seq_id > func.coalesce(oldest, -1),
+        entries.c.seq_id > func.coalesce(oldest.correlate(entries).scalar_subquery(), -1),
     )
 
 
@@ -82,9 +72,9 @@ def forget_segments(transaction: Transaction, deleted: list[list[int]]) -> list[
 
 
 def mark_retrieved(transaction: Transaction, times: list[dict[str, float]]) -> list[None]:
-    """Note for request ids when their outcome was first retrieved."""
-    first = and_(entries.c.request_id == bindparam("key"), entries.c.retrieved_at.is_(None))
-    statement = update(entries).where(first).values(retrieved_at=bindparam("time"))
+    """Bring forward when each of these request ids expires."""
+    is_later = and_(entries.c.request_id == bindparam("key"), entries.c.expires_at > bindparam("time"))
+    statement = update(entries).where(is_later).values(expires_at=bindparam("time"))
     for batch in times:
         if batch:
             rows = [{"key": key, "time": time} for key, time in batch.items()]

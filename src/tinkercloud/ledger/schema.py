@@ -120,8 +120,7 @@ entries = Table(
     Column("state", String, nullable=False),
     Column("num_tokens", BigInteger, nullable=False),
     Column("created_at", Float, nullable=False),
-    Column("ended_at", Float),
-    Column("retrieved_at", Float),
+    Column("expires_at", Float),
     Column("completion", BigInteger, nullable=False),
     Column("result_bytes", BigInteger, nullable=False),
     Column("cleared_gradients", Boolean, nullable=False),
@@ -146,7 +145,7 @@ IS_KEPT = text("expired_at IS NULL")
 """Likewise: the entry's payload and outcome are still there."""
 
 Index("ix_entries_accepted", entries.c.stream, sqlite_where=IS_ACCEPTED, postgresql_where=IS_ACCEPTED)
-Index("ix_entries_kept", entries.c.ended_at, sqlite_where=IS_KEPT, postgresql_where=IS_KEPT)
+Index("ix_entries_kept", entries.c.expires_at, sqlite_where=IS_KEPT, postgresql_where=IS_KEPT)
 
 small_blobs = Table(
     "small_blobs",

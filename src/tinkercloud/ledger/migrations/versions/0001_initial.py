@@ -36,8 +36,7 @@ def upgrade() -> None:
         sa.Column("state", sa.String(), nullable=False),
         sa.Column("num_tokens", sa.BigInteger(), nullable=False),
         sa.Column("created_at", sa.Float(), nullable=False),
-        sa.Column("ended_at", sa.Float(), nullable=True),
-        sa.Column("retrieved_at", sa.Float(), nullable=True),
+        sa.Column("expires_at", sa.Float(), nullable=True),
         sa.Column("completion", sa.BigInteger(), nullable=False),
         sa.Column("result_bytes", sa.BigInteger(), nullable=False),
         sa.Column("cleared_gradients", sa.Boolean(), nullable=False),
@@ -62,7 +61,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_entries_kept",
         "entries",
-        ["ended_at"],
+        ["expires_at"],
         sqlite_where=sa.text("expired_at IS NULL"),
         postgresql_where=sa.text("expired_at IS NULL"),
     )
