@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from tests.engine.examples import VOCAB
 from tinkercloud.engine.torch.model import BaseModel
+from tinkercloud.engine.torch.trainer import TorchTrainer
 from tinkercloud.engine.types import EngineOptions
-
-VOCAB = 96
 
 _SHAPE = dict(
     vocab_size=VOCAB,
@@ -77,3 +77,13 @@ def base_model(model_folder):
 @pytest.fixture(params=["qwen3", "llama", "qwen2"])
 def family(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def trainer_of(base_model):
+    """(family, **options) -> a fresh trainer."""
+
+    def make(family: str = "qwen3", **options) -> TorchTrainer:
+        return TorchTrainer(base_model(family), EngineOptions(name=family, source="", **options))
+
+    return make

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from tinkercloud.engine.types import OperationError
 
 IMPLEMENTATION = "tinkercloud"
-"""The name under which transformers' models find `attend`. No mask function is registered for it, so they build none."""
+"""The name under which transformers finds `attend`. No mask function is registered for it, so models build none."""
 
 
 class Attention(Protocol):

@@ -1,9 +1,9 @@
 """LoRA on frozen linear layers, many adapters in one batch: y = x W^T + b + (alpha / r) (x A^T) B^T.
 
-Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021). The base product runs once over all rows;
-each adapter's part runs over the rows of its own segments. Adapter parameters are not autograd's: the backward pass adds
-dA and dB straight into the gradient of the segment's operation, segment by segment in row order, so that an operation's
-gradient has the same bits whoever shares its batch.
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021). The base product runs once over all
+rows; each adapter's part runs over the rows of its own segments. Adapter parameters are not autograd's: the backward
+pass adds dA and dB straight into the gradient of the segment's operation, segment by segment in row order, so that an
+operation's gradient has the same bits whoever shares its batch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class LoraLinear(nn.Module):
     """A frozen `nn.Linear` that adds the current batch's adapters to its output."""
 
     def __init__(self, base: nn.Linear, index: int, name: str, part: str, current: CurrentLora) -> None:
-        """`index` is its place among the base model's `linears`, `name` its module path, `part` attn, mlp or unembed."""
+        """`index`: its place among the base model's `linears`; `name`: module path; `part`: attn, mlp or unembed."""
         super().__init__()
         self.weight, self.bias = base.weight, base.bias
         self.in_features, self.out_features = base.in_features, base.out_features
@@ -101,6 +101,12 @@ def add_lora(index: int, batch: LoraBatch, x: Tensor, output: Tensor) -> list[Te
         output[start:end].addmm_(low, b.t(), alpha=weights.scale)
         inner.append(low)
     return inner
+
+
+def inner_products(index: int, batch: LoraBatch, x: Tensor) -> list[Tensor | None]:
+    """x A^T [rows, r] of layer `index` for each segment, None where the adapter leaves the layer alone."""
+    pairs = [(weights.pairs[index], start, end) for weights, start, end, _ in batch]
+    return [None if pair is None else x[start:end] @ pair[0].t() for pair, start, end in pairs]
 
 
 def add_lora_gradients(

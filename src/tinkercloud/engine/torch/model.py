@@ -1,6 +1,6 @@
 """The frozen base model: any `transformers` causal language model whose tokens meet only in attention.
 
-Its linear layers are replaced by `LoraLinear`, its attention by `attention.attend`; everything else is transformers' own.
+Its linear layers are replaced by `LoraLinear`, its attention by `attention.attend`; all else is transformers' own.
 One pass is a single row of tokens [T]: several sequences packed back to back, or one token of each.
 """
 
@@ -14,15 +14,10 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from tinkercloud.engine.peft_layout import PARTS
 from tinkercloud.engine.torch.attention import IMPLEMENTATION, Attention, CurrentAttention, PackedAttention
 from tinkercloud.engine.torch.lora import BASE_ONLY, CurrentLora, LoraBatch, LoraLinear
 from tinkercloud.engine.types import BaseModelInfo, EngineOptions, OperationError
-
-PARTS = {
-    "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
-"""Linear layers that LoRA adapts, by the last part of their module path; "unembed" is the output embedding."""
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 """What a base model needs of a hub repository: no pickles, no code."""
@@ -94,6 +89,10 @@ class BaseModel:
         self._current_lora.batch = lora
         return self.unembedding(hidden).float()
 
+    def parameter(self, name: str) -> Tensor | None:
+        """A frozen parameter by its path, None if there is none."""
+        return dict(self._model.named_parameters(remove_duplicate=False)).get(name)
+
     @torch.no_grad()
     def _check_packing(self) -> None:
         """Refuse architectures whose tokens meet elsewhere than in `attend`, or whose logits are not W h.
@@ -108,8 +107,8 @@ class BaseModel:
         tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
         if _distance(packed, alone) > tolerance:
             raise OperationError(
-                f"{self.info.architecture} is not supported: its tokens see each other outside of attention, so several "
-                "sequences cannot share a batch"
+                f"{self.info.architecture} is not supported: its tokens see each other outside of attention, so "
+                "several sequences cannot share a batch"
             )
         if _distance(self.logits(alone, BASE_ONLY), own.float()) > tolerance:
             raise OperationError(f"{self.info.architecture} is not supported: it changes logits after the unembedding")

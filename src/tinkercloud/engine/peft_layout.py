@@ -1,0 +1,175 @@
+"""Adapter folders in PEFT's layout: names, keys and configuration. Needs no torch.
+
+adapter_config.json        PEFT's `LoraConfig`
+adapter_model.safetensors  `base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r]
+optimizer.safetensors      ours: both AdamW moments under the same keys, prefixed; metadata: steps
+gradients.safetensors      ours: accumulated gradients under the same keys
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from tinkercloud.engine.types import LoraConfig, OperationError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+GRADIENTS_FILE = "gradients.safetensors"
+
+PARTS = {
+    "attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+"""Linear layers that LoRA adapts, by the last part of their module path; any other is the unembedding."""
+
+_PREFIX = "base_model.model."
+_SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+
+_UNSUPPORTED = {
+    "use_dora": "DoRA",
+    "lora_bias": "LoRA biases",
+    "fan_in_fan_out": "transposed layers",
+    "modules_to_save": "fully trained modules (modules_to_save)",
+    "rank_pattern": "ranks that differ between modules (rank_pattern)",
+    "alpha_pattern": "alphas that differ between modules (alpha_pattern)",
+    "layer_replication": "replicated layers",
+    "target_parameters": "adapted parameters (target_parameters)",
+    "trainable_token_indices": "trained token embeddings",
+    "megatron_config": "Megatron layers",
+}
+"""Settings of PEFT's LoraConfig that change what an adapter computes, and that we do not."""
+
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+"""init_lora_weights that also change the base model's own weights."""
+
+
+def part_of(module: str) -> str:
+    """attn, mlp or unembed."""
+    leaf = module.rpartition(".")[2]
+    return next((part for part, names in PARTS.items() if leaf in names), "unembed")
+
+
+def weight_keys(module: str) -> tuple[str, str]:
+    """The keys of a module's A and B."""
+    return _PREFIX + module + _SUFFIXES[0], _PREFIX + module + _SUFFIXES[1]
+
+
+def adapter_config(lora: LoraConfig, base_model: str, adapted: list[str], others: Iterable[str]) -> dict[str, Any]:
+    """PEFT's configuration of an adapter on the modules `adapted`, where the model has other linear modules `others`.
+
+    Modules are named by their last part where that is unambiguous, by their whole path where it is not.
+    """
+    partial = {name.rpartition(".")[2] for name in others}
+    targets = {name if (leaf := name.rpartition(".")[2]) in partial else leaf for name in adapted}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(targets),
+        "inference_mode": True,
+    }
+
+
+def weights_metadata(lora: LoraConfig, base_model: str) -> dict[str, str]:
+    """What our own adapter_model.safetensors says besides its tensors."""
+    return {"format": "pt", "base_model": base_model, "seed": str(lora.seed)}
+
+
+def read_adapter_config(folder: str | Path) -> LoraConfig:
+    """The `LoraConfig` of an adapter folder, ours or trained elsewhere.
+
+    Parts are those of which it has at least one module. OperationError says what is missing or not supported.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / CONFIG_FILE)
+    check_supported(config)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+        raise OperationError(f"{CONFIG_FILE} must give r (a positive integer) and lora_alpha (a number)")
+    # Rank-stabilised LoRA scales by alpha / sqrt(r); an alpha of alpha * sqrt(r) gives the same in the usual form.
+    alpha = alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha)
+    modules, _, metadata = read_weights_header(folder)
+    parts = {part_of(module) for module in modules}
+    seed = metadata.get("seed", "0")
+    return LoraConfig(
+        rank=rank,
+        alpha=float(alpha),
+        seed=int(seed) if seed.lstrip("-").isdigit() else 0,
+        train_attn="attn" in parts,
+        train_mlp="mlp" in parts,
+        train_unembed="unembed" in parts,
+    )
+
+
+def read_weights_header(folder: Path) -> tuple[dict[str, tuple[str, str]], dict[str, str], dict[str, str]]:
+    """(module -> its two keys, parameter of the base model -> key of its copy, metadata) of a folder's weights."""
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise OperationError(f"there is no {WEIGHTS_FILE} in the adapter folder; other formats are not read")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return *_sorted_keys(list(file.keys())), file.metadata() or {}
+    except SafetensorError as error:
+        raise OperationError(f"{WEIGHTS_FILE} cannot be read: {error}") from error
+
+
+def _sorted_keys(keys: list[str]) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """(module -> the keys of its A and B, parameter of the base model -> key of its copy).
+
+    PEFT adds a copy of the embeddings' own weights if the unembedding is adapted. OperationError on any other key,
+    and on an A or B without its partner.
+    """
+    modules: dict[str, tuple[str, str]] = {}
+    copies: dict[str, str] = {}
+    for key in keys:
+        path = key.removeprefix(_PREFIX)
+        if key.startswith(_PREFIX) and key.endswith(_SUFFIXES):
+            module = path[: -len(_SUFFIXES[0])]
+            modules[module] = weight_keys(module)
+        elif key.startswith(_PREFIX) and path.endswith((".base_layer.weight", "embed_tokens.weight")):
+            copies[path.replace(".base_layer", "")] = key
+        else:
+            raise OperationError(f"{WEIGHTS_FILE} has {key!r}, which is not a LoRA weight in PEFT's layout")
+    missing = [key for pair in modules.values() for key in pair if key not in set(keys)]
+    if missing or not modules:
+        raise OperationError(f"{WEIGHTS_FILE} lacks {missing[0] if missing else 'any LoRA weights'}")
+    return modules, copies
+
+
+def check_supported(config: Mapping[str, Any]) -> None:
+    """OperationError names the first setting of a PEFT configuration that the engine does not do."""
+    if config.get("peft_type") != "LORA":
+        raise OperationError(f"only LoRA adapters are supported; this one's peft_type is {config.get('peft_type')!r}")
+    for key, what in _UNSUPPORTED.items():
+        if config.get(key):
+            raise OperationError(f"adapters with {what} are not supported")
+    if config.get("bias", "none") != "none":
+        raise OperationError(f"adapters that train biases are not supported (bias={config['bias']!r})")
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+        raise OperationError(
+            f"init_lora_weights={config['init_lora_weights']!r} changes the base model; convert the adapter to plain "
+            "LoRA first"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise OperationError(f"there is no {path.name} in the adapter folder") from error
+    except (ValueError, OSError) as error:
+        raise OperationError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise OperationError(f"{path.name} must hold a JSON object")
+    return config

@@ -1,0 +1,219 @@
+"""Adapter folders: written whole or not at all, read with every mismatch named (layout: `engine/peft_layout.py`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tinkercloud.engine.peft_layout import (
+    CONFIG_FILE,
+    GRADIENTS_FILE,
+    OPTIMIZER_FILE,
+    WEIGHTS_FILE,
+    adapter_config,
+    read_adapter_config,
+    read_weights_header,
+    weight_keys,
+    weights_metadata,
+)
+from tinkercloud.engine.torch.adapter import Adapter, AdapterLayout
+from tinkercloud.engine.torch.model import BaseModel
+from tinkercloud.engine.types import LoraConfig, OperationError
+
+_FIRST, _SECOND = "first_moment.", "second_moment."
+
+
+class SavedAdapter(NamedTuple):
+    """An adapter folder's weights, laid out for a base model."""
+
+    config: LoraConfig
+    layout: AdapterLayout
+    parameters: Tensor
+    """float32 [layout.size], on the CPU"""
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save_adapter(
+    adapter: Adapter, model: BaseModel, folder: Path, *, with_optimizer: bool, with_gradients: bool, replace: bool
+) -> int:
+    """Write an adapter to `folder`; its size in bytes. OperationError if it is there and `replace` is not set.
+
+    Everything is written and synced beside it first and renamed then, so a crash leaves the old folder or the new one.
+    """
+    if folder.exists() and not replace:
+        raise OperationError(f"there is already a checkpoint {folder.name!r}; choose another name or replace it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex[:8]
+    draft = folder.with_name(f".{folder.name}.{unique}.draft")
+    draft.mkdir()
+    try:
+        _write_files(adapter, model, draft, with_optimizer, with_gradients)
+        size = _sync(draft)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{unique}.old")
+            folder.rename(old)
+            draft.rename(folder)
+            shutil.rmtree(old)
+        else:
+            draft.rename(folder)
+        _sync_directory(folder.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return size
+
+
+def _write_files(adapter: Adapter, model: BaseModel, folder: Path, with_optimizer: bool, with_gradients: bool) -> None:
+    layout = adapter.layout
+    adapted = [name for name in layout.names if name is not None]
+    others = [linear.name for linear, name in zip(model.linears, layout.names, strict=True) if name is None]
+    config = adapter_config(adapter.config, model.info.name, adapted, others)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    metadata = weights_metadata(adapter.config, model.info.name)
+    save_file(_tensors(layout, adapter.parameters), folder / WEIGHTS_FILE, metadata)
+    if with_optimizer:
+        moments: dict[str, Tensor] = {}
+        if adapter.first_moment is not None and adapter.second_moment is not None:
+            moments = _tensors(layout, adapter.first_moment, _FIRST) | _tensors(layout, adapter.second_moment, _SECOND)
+        save_file(moments, folder / OPTIMIZER_FILE, {"steps": str(adapter.steps)})
+    if with_gradients:
+        gradient = {} if adapter.gradient is None else _tensors(layout, adapter.gradient)
+        save_file(gradient, folder / GRADIENTS_FILE)
+
+
+def _tensors(layout: AdapterLayout, flat: Tensor, prefix: str = "") -> dict[str, Tensor]:
+    tensors = {}
+    for name, pair in zip(layout.names, layout.views(flat.cpu()), strict=True):
+        if name is not None and pair is not None:
+            for key, view in zip(weight_keys(name), pair, strict=True):
+                tensors[prefix + key] = view
+    return tensors
+
+
+def _sync(folder: Path) -> int:
+    """Force a folder's files to disk; their size in bytes."""
+    size = 0
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            size += os.fstat(file.fileno()).st_size
+    _sync_directory(folder)
+    return size
+
+
+def _sync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_adapter(folder: Path, model: BaseModel) -> SavedAdapter:
+    """An adapter folder's weights for `model`; ours, or PEFT's. OperationError says what does not fit."""
+    if not folder.is_dir():
+        raise OperationError(f"there is no checkpoint folder {folder.name!r}")
+    config = read_adapter_config(folder)
+    if config.rank > model.info.max_rank:
+        raise OperationError(f"the adapter's rank {config.rank} is above this model's maximum {model.info.max_rank}")
+    modules, copies, metadata = read_weights_header(folder)
+    base_model = metadata.get("base_model")
+    if base_model is not None and base_model != model.info.name:
+        raise OperationError(f"the checkpoint belongs to base model {base_model}, not to {model.info.name}")
+    # Exports name the unembedding after what it does; in the model it has the architecture's own name.
+    names = {
+        (model.unembedding.name if module.endswith("unembed_tokens") else module): keys
+        for module, keys in modules.items()
+    }
+    unknown = names.keys() - {linear.name for linear in model.linears}
+    if unknown:
+        raise OperationError(
+            f"the adapter has weights for {min(unknown)!r}, which is no adaptable layer of {model.info.name}"
+        )
+    layout = AdapterLayout(model.linears, [linear.name in names for linear in model.linears], config.rank)
+    parameters = torch.empty(layout.size)
+    _fill(folder / WEIGHTS_FILE, layout, parameters, names)
+    for name, key in copies.items():
+        if not _is_copy(folder / WEIGHTS_FILE, key, model.parameter(name)):
+            raise OperationError(f"the adapter comes with a changed {name!r} of the base model, which is not supported")
+    if not parameters.isfinite().all():
+        raise OperationError("the adapter has NaN or infinite weights")
+    return SavedAdapter(config, layout, parameters)
+
+
+def read_training_state(folder: Path, adapter: Adapter, *, with_optimizer: bool, with_gradients: bool) -> None:
+    """Put a folder's moments and gradients into an adapter that was made from its weights, bit for bit."""
+    layout = adapter.layout
+    keys = {name: weight_keys(name) for name in layout.names if name is not None}
+    if with_optimizer:
+        path = folder / OPTIMIZER_FILE
+        tensors, metadata = _header(path)
+        steps = metadata.get("steps", "")
+        if not steps.isdigit():
+            raise OperationError(f"{OPTIMIZER_FILE} does not say how many steps were taken")
+        if tensors:
+            moments = []
+            for prefix in (_FIRST, _SECOND):
+                moment = torch.empty(layout.size)
+                _fill(path, layout, moment, {name: (prefix + a, prefix + b) for name, (a, b) in keys.items()})
+                moments.append(moment.to(adapter.parameters.device))
+            adapter.first_moment, adapter.second_moment = moments
+        adapter.steps = int(steps)
+    if with_gradients:
+        path = folder / GRADIENTS_FILE
+        tensors, _ = _header(path)
+        if tensors:
+            gradient = torch.empty(layout.size)
+            _fill(path, layout, gradient, keys)
+            adapter.gradient = gradient.to(adapter.parameters.device)
+
+
+def _header(path: Path) -> tuple[list[str], dict[str, str]]:
+    if not path.is_file():
+        raise OperationError(
+            f"the checkpoint has no {path.name}: it was saved without it (a sampler checkpoint, or another program's)"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys()), file.metadata() or {}
+    except SafetensorError as error:
+        raise OperationError(f"{path.name} cannot be read: {error}") from error
+
+
+def _is_copy(path: Path, key: str, parameter: Tensor | None) -> bool:
+    with safe_open(path, framework="pt") as file:
+        copy = file.get_tensor(key).to(parameter) if parameter is not None else None
+    return copy is not None and copy.shape == parameter.shape and torch.equal(copy, parameter)
+
+
+def _fill(path: Path, layout: AdapterLayout, flat: Tensor, keys: dict[str, tuple[str, str]]) -> None:
+    """Copy a file's tensors into the views of `flat`; `keys`: module -> the keys of A and B."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name, pair in zip(layout.names, layout.views(flat), strict=True):
+                if name is None or pair is None:
+                    continue
+                for key, view in zip(keys[name], pair, strict=True):
+                    tensor = file.get_tensor(key)
+                    if tensor.shape != view.shape or not tensor.is_floating_point():
+                        raise OperationError(
+                            f"{key} in {path.name} is {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}; "
+                            f"this base model and rank {layout.rank} need a float {list(view.shape)}"
+                        )
+                    view.copy_(tensor)
+    except SafetensorError as error:
+        raise OperationError(f"{path.name} cannot be read: {error}") from error

@@ -1,0 +1,90 @@
+"""One forward or forward_backward on its way through micro-batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinkercloud.engine.losses import loss_config, loss_named
+from tinkercloud.engine.torch.adapter import Adapter
+from tinkercloud.engine.torch.lora import Segment
+from tinkercloud.engine.torch.losses import LOSS_FUNCTIONS, Inputs
+from tinkercloud.engine.torch.packing import Tile, tiles_of
+from tinkercloud.engine.types import ForwardBackward, LossOutput, OperationError
+
+
+class LossRun:
+    """An operation's tiles, and what has been computed of them.
+
+    Its gradient is its own until `finish` hands it to the adapter: an operation that fails has changed nothing.
+    """
+
+    def __init__(self, operation: ForwardBackward, adapter: Adapter, token_budget: int) -> None:
+        self.operation, self.adapter = operation, adapter
+        loss = loss_named(operation.loss_fn)
+        self._loss, self._function = loss, LOSS_FUNCTIONS[loss.name]
+        self._config = loss_config(loss, operation.loss_fn_config)
+        input_names = [wanted.name for wanted in loss.inputs if wanted.name != "target_tokens"]
+        self.tiles = tiles_of(operation.data, token_budget, input_names)
+        self.training = not operation.forward_only
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget everything computed so far."""
+        self._logprobs: list[Tensor] = []
+        self._gradient = torch.zeros_like(self.adapter.parameters) if self.training else None
+        self._views = self.adapter.layout.views(self._gradient) if self._gradient is not None else None
+
+    def segment(self, start: int, tile: Tile) -> Segment:
+        """The adapter on a tile whose first row is `start`."""
+        return Segment(self.adapter.weights, start, start + tile.num_tokens, self._views)
+
+    def take(self, tile: Tile, logprobs: Tensor) -> Tensor:
+        """Note a tile's target log-probabilities [n], the operation's next ones; the loss's gradient by them [n]."""
+        self._logprobs.append(logprobs)
+        if not self.training:
+            return torch.zeros_like(logprobs)
+        with torch.enable_grad():
+            logprobs = logprobs.detach().requires_grad_()
+            loss, _ = self._function(logprobs, _on(logprobs.device, tile.inputs), self._config)
+            return torch.autograd.grad(loss.sum(), logprobs)[0]
+
+    def finish(self) -> LossOutput:
+        """The operation's result; its gradient is the adapter's now. OperationError if the loss is not finite."""
+        logprobs = torch.cat(self._logprobs)
+        inputs = {
+            name: torch.cat([tile.inputs[name] for tile in self.tiles]).to(logprobs.device)
+            for name in self.tiles[0].inputs
+        }
+        elementwise, metrics = self._function(logprobs, inputs, self._config)
+        total = elementwise.sum(dtype=torch.float64).item()
+        outputs = self._outputs(logprobs.cpu().numpy(), elementwise.cpu().numpy())
+        if not np.isfinite(total):
+            worst = next(i for i, output in enumerate(outputs) if not np.isfinite(output["elementwise_loss"]).all())
+            raise OperationError(
+                f"the {self._loss.name} loss of datum {worst} is not finite; nothing was added to the gradient. Look "
+                "for extreme weights, advantages or logprobs"
+            )
+        if self._gradient is not None:
+            self.adapter.add_gradient(self._gradient)
+        return LossOutput(
+            output_type=self._loss.output_type,
+            outputs=tuple(outputs),
+            metrics={"loss:sum": total, **{name: float(value) for name, value in metrics.items()}},
+        )
+
+    def _outputs(self, logprobs: np.ndarray, elementwise: np.ndarray) -> list[dict[str, np.ndarray]]:
+        outputs: list[dict[str, np.ndarray]] = [{} for _ in self.operation.data]
+        first = 0
+        for tile in self.tiles:
+            last = first + len(tile.targets)
+            for name, values in (("logprobs", logprobs), ("elementwise_loss", elementwise)):
+                for index, part in tile.per_datum(values[first:last]):
+                    outputs[index][name] = part
+            first = last
+        return outputs
+
+
+def _on(device: torch.device, inputs: Inputs) -> Inputs:
+    return {name: values.to(device) for name, values in inputs.items()}

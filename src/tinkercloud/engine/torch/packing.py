@@ -1,0 +1,111 @@
+"""From operations to packed micro-batches.
+
+An operation is cut into *tiles* of whole datums by its own lengths alone; a micro-batch is any set of tiles that fits
+the token budget. All sums over tokens (LoRA's weight gradients) run within a tile, and an operation's tiles are added
+in order. So its numbers depend neither on who shares its micro-batches nor on how tiles were put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinkercloud.engine.types import Datum
+
+ROW_MULTIPLE = 8
+"""Rows of a micro-batch are filled up to a multiple of this; products of other row counts may use other kernels."""
+
+
+class Tile:
+    """Some datums of one operation as flat arrays, shortest first (equal lengths share an attention call)."""
+
+    def __init__(self, data: Sequence[Datum], indices: Sequence[int], input_names: Sequence[str]) -> None:
+        """`indices`: the tile's places in `data`; `input_names`: the loss's inputs besides target_tokens."""
+        self.indices = sorted(indices, key=lambda index: data[index].num_tokens)
+        datums = [data[index] for index in self.indices]
+        targets = [datum.inputs["target_tokens"] for datum in datums]
+        self.lengths = [datum.num_tokens for datum in datums]
+        ends = list(accumulate(self.lengths))
+        self.num_tokens = ends[-1]
+        self.tokens = _tensor([datum.tokens for datum in datums], np.int64)
+        self.positions = torch.cat([torch.arange(length) for length in self.lengths])
+        self.rows = torch.from_numpy(
+            np.concatenate([_target_rows(end, target) for end, target in zip(ends, targets, strict=True)])
+        )
+        """The row of each target, from the tile's first row; the targets of a datum belong to its last positions."""
+        self.targets = _tensor(targets, np.int64)
+        self.inputs = {name: _tensor([datum.inputs[name] for datum in datums], np.float32) for name in input_names}
+        self.shapes = [target.shape for target in targets]
+
+    def per_datum(self, values: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """(place in the operation, values in the shape of its targets) of each datum, from one value per target."""
+        sizes = [int(np.prod(shape)) for shape in self.shapes]
+        parts = np.split(values, list(accumulate(sizes))[:-1])
+        return [
+            (index, part.reshape(shape)) for index, part, shape in zip(self.indices, parts, self.shapes, strict=True)
+        ]
+
+
+def _tensor(arrays: Sequence[np.ndarray], dtype: type) -> Tensor:
+    """All entries of some arrays, flat."""
+    return torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]).astype(dtype, copy=False))
+
+
+def _target_rows(end: int, target: np.ndarray) -> np.ndarray:
+    rows = np.arange(end - len(target), end)
+    return rows if target.ndim == 1 else np.repeat(rows, target.shape[1])
+
+
+def tiles_of(data: Sequence[Datum], token_budget: int, input_names: Sequence[str]) -> list[Tile]:
+    """Cut an operation into tiles of at most `token_budget` tokens; a longer datum is a tile of its own."""
+    groups: list[list[int]] = []
+    room = 0
+    for index, datum in enumerate(data):
+        if not groups or datum.num_tokens > room:
+            groups.append([])
+            room = token_budget
+        groups[-1].append(index)
+        room -= datum.num_tokens
+    return [Tile(data, group, input_names) for group in groups]
+
+
+def micro_batches(tiles: Sequence[tuple[int, int]], token_budget: int) -> list[list[int]]:
+    """Put tiles, given as (operation, tokens), into micro-batches by first-fit: lists of places in `tiles`.
+
+    No tile comes before its operation's previous one, so that gradients are added in the order of the operation.
+    """
+    batches: list[list[int]] = []
+    rooms: list[int] = []
+    earliest: dict[int, int] = {}
+    for place, (operation, size) in enumerate(tiles):
+        candidates = range(earliest.get(operation, 0), len(rooms))
+        chosen = next((number for number in candidates if size <= rooms[number]), len(rooms))
+        if chosen == len(rooms):
+            batches.append([])
+            rooms.append(token_budget)
+        batches[chosen].append(place)
+        rooms[chosen] -= size
+        earliest[operation] = chosen
+    return batches
+
+
+class Pack:
+    """The rows of a micro-batch: tiles back to back, then filling tokens in a sequence of their own."""
+
+    def __init__(self, tiles: Sequence[Tile], device: torch.device) -> None:
+        num_tokens = sum(tile.num_tokens for tile in tiles)
+        filling = torch.zeros(-num_tokens % ROW_MULTIPLE, dtype=torch.int64)
+        self.starts = list(accumulate((tile.num_tokens for tile in tiles), initial=0))
+        """Row at which each tile begins, and where the last one ends."""
+        self.lengths = [length for tile in tiles for length in tile.lengths] + ([len(filling)] if len(filling) else [])
+        self.tokens = torch.cat([*(tile.tokens for tile in tiles), filling]).to(device)
+        self.positions = torch.cat([*(tile.positions for tile in tiles), torch.arange(len(filling))]).to(device)
+        self.targets = torch.cat([tile.targets for tile in tiles]).to(device)
+        self.rows = torch.cat([tile.rows + start for tile, start in zip(tiles, self.starts[:-1], strict=True)]).to(
+            device
+        )
+        self.target_counts = [len(tile.targets) for tile in tiles]

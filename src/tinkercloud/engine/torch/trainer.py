@@ -1,0 +1,189 @@
+"""The torch engine's `Trainer`: many adapters over one frozen base model, all in the same packed micro-batches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from tinkercloud.engine.torch.adapter import Adapter, layout_of
+from tinkercloud.engine.torch.attention import PackedAttention
+from tinkercloud.engine.torch.checkpoints import read_adapter, read_training_state, save_adapter
+from tinkercloud.engine.torch.logprobs import TargetLogprobs
+from tinkercloud.engine.torch.lora import LoraBatch
+from tinkercloud.engine.torch.loss_run import LossRun
+from tinkercloud.engine.torch.model import BaseModel
+from tinkercloud.engine.torch.optimizer import adamw_step
+from tinkercloud.engine.torch.packing import Pack, Tile, micro_batches
+from tinkercloud.engine.types import (
+    ClearGradients,
+    CreateModel,
+    Done,
+    DropModel,
+    EngineOptions,
+    Failure,
+    ForwardBackward,
+    LoadOutput,
+    LoadWeights,
+    OperationError,
+    OptimStep,
+    Result,
+    SaveOutput,
+    SaveWeights,
+    StepOutput,
+    TrainOperation,
+)
+from tinkercloud.engine.validation import check_forward_backward
+
+log = logging.getLogger(__name__)
+
+
+class TorchTrainer:
+    """See `engine.protocol.Trainer`."""
+
+    def __init__(self, model: BaseModel, options: EngineOptions) -> None:
+        self.info = model.info
+        self._model, self._options = model, options
+        self._adapters: dict[str, Adapter] = {}
+
+    def run(self, cycle: Sequence[TrainOperation], between: Callable[[], None]) -> list[Result]:
+        """Run operations of different models to completion; a result, or a `Failure`, for each in its place."""
+        models = [operation.model_id for operation in cycle]
+        if len(set(models)) < len(models):
+            raise ValueError("a cycle has at most one operation of each model")
+        results: list[Result] = [Done()] * len(cycle)
+        runs: dict[int, LossRun] = {}
+        for place, operation in enumerate(cycle):
+            try:
+                if isinstance(operation, ForwardBackward):
+                    runs[place] = self._prepare(operation)
+                else:
+                    results[place] = self._run_alone(operation)
+            except Exception as error:
+                results[place] = _failure(operation, error)
+        for training in (True, False):
+            group = {place: run for place, run in runs.items() if run.training == training}
+            for place, outcome in self._run_packed(group, between).items():
+                results[place] = outcome
+        return results
+
+    # ------------------------------------------------------------ forward and forward_backward
+
+    def _prepare(self, operation: ForwardBackward) -> LossRun:
+        adapter = self._adapter(operation.model_id)
+        check_forward_backward(operation, self.info)
+        return LossRun(operation, adapter, self._options.token_budget)
+
+    def _run_packed(self, runs: dict[int, LossRun], between: Callable[[], None]) -> dict[int, Result]:
+        """Run all tiles of these runs (all with or all without backward) in shared micro-batches; each run's result."""
+        tiles = [(place, tile) for place, run in runs.items() for tile in run.tiles]
+        broken: dict[int, Exception] = {}
+        sizes = [(place, tile.num_tokens) for place, tile in tiles]
+        for members in micro_batches(sizes, self._options.token_budget):
+            batch = [tiles[member] for member in members if tiles[member][0] not in broken]
+            if batch:
+                try:
+                    self._run_micro_batch([(runs[place], tile) for place, tile in batch])
+                except Exception as error:
+                    broken.update((place, error) for place, _ in batch)
+                between()
+
+        results: dict[int, Result] = {}
+        for place, run in runs.items():
+            if place in broken:
+                continue
+            try:
+                results[place] = run.finish()
+            except Exception as error:
+                results[place] = _failure(run.operation, error)
+        for place, error in broken.items():
+            if len(runs) == 1:
+                results[place] = _failure(runs[place].operation, error)
+            else:
+                # Whose fault it was shows when each runs by itself; the others then end as if nothing had been.
+                runs[place].start_over()
+                results |= self._run_packed({place: runs[place]}, between)
+        return results
+
+    def _run_micro_batch(self, members: Sequence[tuple[LossRun, Tile]]) -> None:
+        """Forward, loss and, if the runs are training, backward of one packed batch."""
+        training = members[0][0].training
+        pack = Pack([tile for _, tile in members], self._model.device)
+        lora = LoraBatch(run.segment(start, tile) for (run, tile), start in zip(members, pack.starts, strict=False))
+        with torch.set_grad_enabled(training):
+            hidden = self._model.hidden_states(pack.tokens, pack.positions, PackedAttention(pack.lengths), lora)
+        with torch.no_grad():
+            logprobs = TargetLogprobs(
+                self._model, hidden.detach(), pack.rows, pack.targets, lora, self._options.logits_bytes
+            )
+            parts = logprobs.values.split(pack.target_counts)
+            gradient = torch.cat([run.take(tile, part) for (run, tile), part in zip(members, parts, strict=True)])
+            if training and gradient.any():
+                d_hidden = logprobs.backward(gradient)
+                hidden.backward(d_hidden)
+
+    # ------------------------------------------------------------ everything else
+
+    def _run_alone(self, operation: TrainOperation) -> Result:
+        match operation:
+            case CreateModel(model_id, lora):
+                if model_id in self._adapters:
+                    raise OperationError(f"there is already a model {model_id}")
+                layout = layout_of(lora, self._model.linears, self.info.max_rank)
+                self._adapters[model_id] = Adapter.fresh(lora, layout, self._model.device, self._model.dtype)
+            case OptimStep(model_id, adam):
+                return StepOutput(adamw_step(self._adapter(model_id), adam))
+            case SaveWeights():
+                return self._save(operation)
+            case LoadWeights():
+                return self._load(operation)
+            case ClearGradients(model_id):
+                self._adapter(model_id).gradient = None
+            case DropModel(model_id):
+                self._adapters.pop(model_id, None)
+            case _:
+                raise TypeError(f"{type(operation).__name__} is no operation of a trainer")
+        return Done()
+
+    def _save(self, operation: SaveWeights) -> SaveOutput:
+        size = save_adapter(
+            self._adapter(operation.model_id),
+            self._model,
+            Path(operation.folder),
+            with_optimizer=operation.with_optimizer,
+            with_gradients=operation.with_gradients,
+            replace=operation.replace,
+        )
+        return SaveOutput(operation.folder, size)
+
+    def _load(self, operation: LoadWeights) -> LoadOutput:
+        folder = Path(operation.folder)
+        saved = read_adapter(folder, self._model)
+        current = self._adapters.get(operation.model_id)
+        if current is not None and not current.layout.same_as(saved.layout):
+            raise OperationError(
+                f"the checkpoint's adapter (rank {saved.config.rank}) is not laid out as this model's (rank "
+                f"{current.config.rank}) or adapts other layers; create a new model from the checkpoint instead"
+            )
+        parameters = saved.parameters.to(self._model.device)
+        adapter = Adapter(saved.config, saved.layout, parameters, self._model.dtype)
+        read_training_state(
+            folder, adapter, with_optimizer=operation.with_optimizer, with_gradients=operation.with_gradients
+        )
+        self._adapters[operation.model_id] = adapter
+        return LoadOutput(saved.config)
+
+    def _adapter(self, model_id: str) -> Adapter:
+        adapter = self._adapters.get(model_id)
+        if adapter is None:
+            raise OperationError(f"there is no model {model_id} in this engine; create it or load a checkpoint first")
+        return adapter
+
+
+def _failure(operation: TrainOperation, error: Exception) -> Failure:
+    if isinstance(error, OperationError):
+        return Failure(str(error), "user")
+    log.error("%s of %s failed", type(operation).__name__, operation.model_id, exc_info=error)
+    return Failure(f"{type(operation).__name__} failed in the engine: {type(error).__name__}: {error}", "server")

@@ -1,0 +1,62 @@
+"""Tiles and micro-batches."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.engine.examples import make_datum
+from tinkercloud.engine.torch.packing import Pack, Tile, micro_batches, tiles_of
+
+lengths = st.lists(st.integers(1, 50), min_size=1, max_size=20)
+
+
+@given(lengths, st.integers(1, 64))
+def test_tiles_hold_every_datum_once_within_the_budget(lengths, budget):
+    tiles = tiles_of([make_datum(0, length) for length in lengths], budget, ["weights"])
+    assert sorted(index for tile in tiles for index in tile.indices) == list(range(len(lengths)))
+    for tile, following in pairwise(tiles):
+        assert max(tile.indices) < min(following.indices)
+        assert tile.num_tokens + lengths[min(following.indices)] > budget
+    assert all(tile.num_tokens <= budget or len(tile.indices) == 1 for tile in tiles)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50)), max_size=30), st.integers(1, 64))
+def test_micro_batches_keep_the_order_of_an_operation(tiles, budget):
+    batches = micro_batches(tiles, budget)
+    flat = [place for batch in batches for place in batch]
+    assert sorted(flat) == list(range(len(tiles)))
+    for operation in range(4):
+        own = [place for place in flat if tiles[place][0] == operation]
+        assert own == sorted(own)
+    assert all(sum(tiles[place][1] for place in batch) <= budget or len(batch) == 1 for batch in batches)
+
+
+def test_small_tiles_share_a_micro_batch():
+    assert micro_batches([(0, 30), (1, 10), (0, 10), (2, 20)], 40) == [[0, 1], [2, 3]]
+
+
+def test_targets_belong_to_the_last_positions():
+    data = [make_datum(1, 5, targets=2), make_datum(2, 3, several=2)]
+    tile = Tile(data, [0, 1], ["weights"])
+    assert tile.indices == [1, 0]
+    assert tile.rows.tolist() == [0, 0, 1, 1, 2, 2, 6, 7]
+    assert tile.tokens.tolist() == [*data[1].tokens, *data[0].tokens]
+    assert tile.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    parts = dict(tile.per_datum(tile.targets.numpy()))
+    for index, datum in enumerate(data):
+        assert np.array_equal(parts[index], datum.inputs["target_tokens"])
+
+
+def test_a_pack_is_filled_up_to_whole_rows():
+    tiles = [Tile([make_datum(1, 5)], [0], ["weights"]), Tile([make_datum(2, 6)], [0], ["weights"])]
+    pack = Pack(tiles, torch.device("cpu"))
+    assert pack.starts == [0, 5, 11]
+    assert pack.lengths == [5, 6, 5]
+    assert len(pack.tokens) == len(pack.positions) == 16
+    assert pack.rows.tolist() == list(range(11))
+    assert pack.target_counts == [5, 6]
