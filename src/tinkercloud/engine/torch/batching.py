@@ -31,6 +31,8 @@ class ContinuousBatch:
         self._max_sequences = max_sequences
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self.preemptions = 0
+        """Times that a running sequence gave its pages back, since the start."""
 
     @property
     def busy(self) -> bool:
@@ -83,6 +85,7 @@ class ContinuousBatch:
                 sequence.pages += self._cache.allocate(needed)
 
     def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
         self.finish(sequence)
         self._waiting.appendleft(sequence)
 

@@ -110,6 +110,11 @@ class TorchSampler:
         """Sequences that hold pages; the rest wait."""
         return self._batch.num_running
 
+    @property
+    def preemptions(self) -> int:
+        """Times that a sequence was interrupted for want of pages, since the start; many mean too small a cache."""
+        return self._batch.preemptions
+
     def step(self) -> list[tuple[str, Result]]:
         """Admit what fits, run every running sequence's next tokens, answer what has ended."""
         with torch.inference_mode():

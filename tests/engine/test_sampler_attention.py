@@ -1,0 +1,61 @@
+"""Paged attention against attention over whole sequences, for every shape of step that sampling has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tinkercloud.engine.torch.attention import PackedAttention
+from tinkercloud.engine.torch.kv_cache import KVCache, LayerShape, pages_for
+from tinkercloud.engine.torch.paged_attention import CacheRows, PagedAttention
+
+HEADS, KV_HEADS, DIM = 4, 2, 8
+LENGTHS = [40, 1, 17, 100, 33, 16]
+"""Tokens of each sequence, of which the last are the step's."""
+
+STEPS = {
+    "decode": [1, 1, 1, 1, 1, 1],
+    "prefill": LENGTHS,
+    "mixed": [1, 1, 17, 40, 1, 2],
+}
+
+
+def inputs() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Query [1, Hq, T, D], key and value [1, Hkv, T, D] of each whole sequence."""
+    torch.manual_seed(0)
+    return [tuple(torch.randn(1, heads, n, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)) for n in LENGTHS]
+
+
+def attend_paged(counts: list[int], chosen: list[int], **options) -> list[torch.Tensor]:
+    """Outputs [count, Hq, D] of the last `counts` tokens of the chosen sequences, as one step over a cache."""
+    cache = KVCache({5: LayerShape(KV_HEADS, DIM, DIM)}, 40, torch.float32, torch.device("cpu"))
+    step, parts = [], []
+    for index in chosen:
+        query, key, value = inputs()[index]
+        start = LENGTHS[index] - counts[index]
+        pages = cache.allocate(pages_for(LENGTHS[index]))[::-1]
+        if start:
+            past = PagedAttention(cache, [CacheRows(pages, 0, start)], torch.device("cpu"))
+            past(5, query[:, :, :start], key[:, :, :start], value[:, :, :start], scaling=0.3)
+        step.append(CacheRows(pages, start, counts[index]))
+        parts.append(tuple(part[:, :, start:] for part in (query, key, value)))
+    attention = PagedAttention(cache, step, torch.device("cpu"))
+    query, key, value = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+    return list(attention(5, query, key, value, scaling=0.3, **options)[0].split([rows.count for rows in step]))
+
+
+@pytest.mark.parametrize("counts", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(
+    "options", [{}, {"sliding_window": 10}, {"softcap": 2.0}, {"sliding_window": 7, "softcap": 2.0}], ids=str
+)
+def test_same_as_over_whole_sequences(counts, options):
+    for index, output in enumerate(attend_paged(counts, list(range(len(LENGTHS))), **options)):
+        whole = PackedAttention([LENGTHS[index]])(5, *inputs()[index], scaling=0.3, **options)[0]
+        torch.testing.assert_close(output, whole[-counts[index] :], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("counts", STEPS.values(), ids=STEPS)
+def test_a_sequence_has_the_same_bits_in_every_step(counts):
+    together = attend_paged(counts, list(range(len(LENGTHS))))
+    for index, output in enumerate(together):
+        assert torch.equal(attend_paged(counts, [index])[0], output)
