@@ -1,0 +1,133 @@
+"""Adapters, names and how to sample."""
+
+import numpy as np
+import pytest
+
+from tests.api.test_datums import INFO
+from tinkercloud.api.validate import SEEDS, check_name, check_optimizer, lora_from, sample_from
+from tinkercloud.api.wire import json as wire
+from tinkercloud.errors import InvalidRequest
+
+
+def test_an_adapter_is_made_as_asked():
+    lora = lora_from(wire.Lora(rank=6, seed=-1, train_mlp=False), INFO)
+    assert (lora.rank, lora.alpha, lora.seed, lora.train_mlp, lora.train_attn) == (6, 32.0, SEEDS - 1, False, True)
+    drawn = {lora_from(wire.Lora(rank=6), INFO).seed for _ in range(3)}
+    assert len(drawn) == 3, "a seed that was not given is drawn"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (None, "lora_config is required"),
+        (wire.Lora(rank=0), "lora_config.rank must be positive, not 0"),
+        (wire.Lora(rank=-3), "lora_config.rank must be positive, not -3"),
+        (wire.Lora(rank=17), "lora_config.rank 17 exceeds max LoRA rank 16 for model me/model"),
+        (wire.Lora(rank=4, train_attn=False, train_mlp=False, train_unembed=False), "nothing to train"),
+    ],
+)
+def test_a_wrong_adapter_is_refused(given, says):
+    with pytest.raises(InvalidRequest, match=says):
+        lora_from(given, INFO)
+
+
+def test_only_adamw_is_served():
+    check_optimizer(None)
+    check_optimizer(wire.OptimizerConfig())
+    with pytest.raises(InvalidRequest, match="'dimuon' is not served; use adamw"):
+        check_optimizer(wire.as_request(wire.OptimizerConfig, {"type": "dimuon"}))
+
+
+@pytest.mark.parametrize("name", ["a", "000010", "step-1.5_final", "a=b+c@d,e", "x" * 128, None])
+def test_good_names(name):
+    check_name(name, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a..b", "../a", "a/b", "/a", "a\\b", "a b", "a\n", "ä", "x" * 129, "-a", "a\0"]
+)
+def test_bad_names(name):
+    with pytest.raises(InvalidRequest, match="cannot be a checkpoint's name"):
+        check_name(name, None)
+
+
+def test_time_to_live():
+    for seconds in (None, 3600, 10 * 365 * 86400):
+        check_name("a", seconds)
+    for seconds in (0, -1, 3599, 10**10):
+        with pytest.raises(InvalidRequest, match=f"ttl_seconds {seconds} is out of range"):
+            check_name("a", seconds)
+
+
+def sample(prompt=(1, 2), **given):
+    params = wire.SamplingParams(
+        **{name: given.pop(name) for name in [*given] if name in wire.SamplingParams.model_fields}
+    )
+    chunks = [wire.Chunk(tokens=list(prompt))]
+    return sample_from(wire.Sample(prompt=wire.ModelInput(chunks=chunks), sampling_params=params, **given), "s", INFO)
+
+
+def test_defaults_of_sampling():
+    operation = sample()
+    assert operation.prompt.tolist() == [1, 2] and operation.prompt.dtype == np.int32
+    assert operation.params.max_tokens == 6, "what the context leaves"
+    assert operation.params.stop_tokens == (2, 3), "the model's end of sequence"
+    assert (operation.params.temperature, operation.params.top_k, operation.params.top_p) == (1.0, -1, 1.0)
+    assert sample().params.seed != sample().params.seed
+
+
+def test_stops():
+    assert sample(stop=[]).params.stop_tokens == () == sample(stop=[]).params.stop_strings
+    assert sample(stop="x").params.stop_strings == ("x",)
+    assert sample(stop=["x", "y"]).params.stop_strings == ("x", "y")
+    assert sample(stop=["x", "y"]).params.stop_tokens == ()
+    assert sample(stop=[5, 6]).params.stop_tokens == (5, 6)
+
+
+def test_values_at_their_edges():
+    assert sample(temperature=0.0).params.temperature == 0.0, "greedy is not 'no temperature'"
+    assert sample(top_k=1).params.top_k == 1
+    assert sample(top_k=10**12).params.top_k == -1
+    assert [sample(seed=seed).params.seed for seed in (0, SEEDS, SEEDS + 1, -1)] == [0, 0, 1, SEEDS - 1]
+    assert sample(max_tokens=6).params.max_tokens == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"prompt": ()}, "prompt is empty"),
+        ({"prompt": (1, 100)}, "prompt: token id 100 is outside me/model's vocabulary, 0 to 99"),
+        ({"prompt": (-1,)}, "prompt: token id -1"),
+        ({"prompt": (1,) * 8}, "prompt has 8 tokens"),
+        ({"max_tokens": 7}, r"Prompt length plus max_tokens exceeds the model's context window: 2 \+ 7 > 8"),
+        ({"max_tokens": 0}, "max_tokens must be positive, not 0"),
+        ({"max_tokens": -1}, "max_tokens must be positive"),
+        ({"num_samples": 0}, "num_samples must be 1 to 1024, not 0"),
+        ({"num_samples": 1025}, "num_samples must be 1 to 1024"),
+        ({"temperature": -0.1}, "temperature must be 0 .greedy. or more"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": 1.1}, "top_p must be above 0"),
+        ({"top_k": 0}, "top_k must be positive, or -1"),
+        ({"top_k": -2}, "top_k must be positive, or -1"),
+        ({"topk_prompt_logprobs": -1}, "topk_prompt_logprobs must be 0 to 100"),
+        ({"topk_sample_logprobs": 101}, "topk_sample_logprobs must be 0 to 100"),
+        ({"stop": [""]}, "stop has an empty text"),
+        ({"stop": ["a", 1]}, "stop mixes texts and token ids"),
+        ({"stop": [100]}, "stop: token id 100 is outside"),
+        ({"stop": [2**70]}, "stop: "),
+        ({"stop": ["x"] * 65}, "stop has 65 entries"),
+        ({"target_prompt_logprobs": {"data": []}}, "does not serve target_prompt_logprobs yet"),
+        ({"prompt_alt_tokens_k": 2}, "does not serve prompt_alt_tokens_k yet"),
+        ({"prompt_logprobs_last_n": 1}, "does not serve prompt_logprobs_last_n yet"),
+        ({"record_stability_info": True}, "does not serve record_stability_info yet"),
+    ],
+)
+def test_wrong_sampling_is_refused(given, says):
+    with pytest.raises(InvalidRequest, match=says):
+        sample(**given)
+
+
+def test_other_than_text_is_refused_by_name():
+    image = wire.Sample(prompt=wire.ModelInput(chunks=[wire.Chunk(type="image", data="")]))
+    with pytest.raises(InvalidRequest, match="prompt has a chunk of image; this server takes text only"):
+        sample_from(image, "s", INFO)
