@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 
-from tinkercloud.codec import encode
+from msgspec import structs
+
+from tinkercloud.codec import decode, encode
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import ServedModel
-from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, OpenSampler, Result
+from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, OpenSampler, Result, Sample
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import Entry, SamplerRecord
@@ -74,7 +76,8 @@ class SamplerDesk:
         await asyncio.gather(*list(self._tasks.values()), return_exceptions=True)
 
     async def _run(self, entry: Entry, sampler: SamplerRecord) -> None:
-        payload = await self._ledger.payload(entry.request_id)
+        operation = decode(await self._ledger.payload(entry.request_id), Sample)
+        payload = encode(structs.replace(operation, request_id=entry.request_id))  # the ledger chose it on acceptance
         self._running[sampler.sampler_id] += 1
         try:
             result = await self._sample(payload, sampler)
