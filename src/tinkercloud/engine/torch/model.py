@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -41,7 +42,11 @@ class BaseModel:
             if hasattr(module, "layer_idx"):
                 module.current = self._current_attention
         decoder = model.get_decoder()
+        # Fused experts have no linear layers to adapt. To adapt only those beside them would be half of what was asked.
+        fused = any(name.rpartition(".")[0].endswith("experts") and p.ndim == 3 for name, p in model.named_parameters())
         for part, names in PARTS.items():
+            if part == "mlp" and fused:
+                continue
             for name, module in list(model.named_modules()):
                 if name.rpartition(".")[2] in names and isinstance(module, nn.Linear):
                     self._adapt(name, module, part)
@@ -97,20 +102,26 @@ class BaseModel:
     def _check_packing(self) -> None:
         """Refuse architectures whose tokens meet elsewhere than in `attend`, or whose logits are not W h.
 
-        A second sequence in a pack must not notice the first one, and our logits must be the model's own.
+        A pack's second sequence must not notice what the first one is, and our logits must be the model's own.
         """
-        tokens = torch.arange(24, device=self.device) * 7 % self.info.vocab_size
-        positions = torch.arange(12, device=self.device)
-        packed = self.hidden_states(tokens, positions.repeat(2), PackedAttention([12, 12]), BASE_ONLY)[12:]
-        alone = self.hidden_states(tokens[12:], positions, PackedAttention([12]), BASE_ONLY)
-        own = self._model(input_ids=tokens[None, 12:], position_ids=positions[None], use_cache=False).logits[0]
-        tolerance = 1e-3 if self.dtype == torch.float32 else 5e-2
-        if _distance(packed, alone) > tolerance:
+        length = 12
+        first, other, second = (torch.arange(3 * length, device=self.device) * 7 % self.info.vocab_size).split(length)
+        positions = torch.arange(length, device=self.device).repeat(2)
+        pair, other_pair = torch.cat([first, second]), torch.cat([other, second])
+        attention = PackedAttention([length, length])
+        try:
+            hidden = self.hidden_states(pair, positions, attention, BASE_ONLY)[length:]
+            leak = _distance(self.hidden_states(other_pair, positions, attention, BASE_ONLY)[length:], hidden)
+            own = self._model(input_ids=pair[None], position_ids=positions[None], use_cache=False).logits[0, length:]
+        except (TypeError, AttributeError, RuntimeError) as error:
+            raise OperationError(f"{self.info.architecture} is not supported: it cannot run packed: {error}") from error
+        exact = self.dtype == torch.float32
+        if leak > (1e-5 if exact else 1e-2):
             raise OperationError(
                 f"{self.info.architecture} is not supported: its tokens see each other outside of attention, so "
                 "several sequences cannot share a batch"
             )
-        if _distance(self.logits(alone, BASE_ONLY), own.float()) > tolerance:
+        if _distance(self.logits(hidden, BASE_ONLY), own.float()) > (1e-3 if exact else 5e-2):
             raise OperationError(f"{self.info.architecture} is not supported: it changes logits after the unembedding")
 
 
@@ -175,16 +186,22 @@ def _weights_of(
     folder: Path, config: PreTrainedConfig, options: EngineOptions, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loading = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             attn_implementation=IMPLEMENTATION,
             use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
         )
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, SafetensorError) as error:
         raise OperationError(f"model {options.name} cannot be loaded as a causal language model: {error}") from error
+    if loading["missing_keys"]:
+        raise OperationError(
+            f"model {options.name}: its files lack {len(loading['missing_keys'])} weights, "
+            f"such as {min(loading['missing_keys'])}"
+        )
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise OperationError(f"model {options.name}: {type(model).__name__} has no linear unembedding")
     return model.to(device)
@@ -195,12 +212,15 @@ def _info_of(
 ) -> BaseModelInfo:
     config = model.config.get_text_config()
     architectures = model.config.architectures or [type(model).__name__]
+    max_context = options.max_context or getattr(config, "max_position_embeddings", None)
+    if not max_context:
+        raise OperationError(f"model {options.name} does not say how long its context is; set max_context")
     return BaseModelInfo(
         name=options.name,
         folder=str(folder),
         architecture=architectures[0],
         vocab_size=model.get_input_embeddings().num_embeddings,
-        max_context=options.max_context or config.max_position_embeddings,
+        max_context=max_context,
         max_rank=options.max_rank,
         eos_tokens=_eos_tokens_of(folder, config),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),

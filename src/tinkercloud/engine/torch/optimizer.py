@@ -28,7 +28,7 @@ def adamw_step(adapter: Adapter, adam: AdamParams) -> dict[str, float]:
     _check(adam)
     parameters = adapter.parameters
     gradient = adapter.gradient if adapter.gradient is not None else torch.zeros_like(parameters)
-    norm = torch.linalg.vector_norm(gradient, dtype=torch.float64).item()
+    norm = torch.linalg.vector_norm(gradient).item()
     if not norm <= LARGEST_NORM:
         adapter.gradient = None
         raise OperationError(
@@ -52,7 +52,7 @@ def adamw_step(adapter: Adapter, adam: AdamParams) -> dict[str, float]:
     denominator = second.sqrt().div_(math.sqrt(1 - adam.beta2**steps)).add_(adam.eps)
     step_size = min(adam.learning_rate / (1 - adam.beta1**steps), LARGEST_NUMBER)
     updated = (parameters * (1 - adam.learning_rate * adam.weight_decay)).addcdiv_(first, denominator, value=-step_size)
-    if not updated.isfinite().all():
+    if not updated.sum().isfinite():  # one pass: an infinite or NaN term leaves no finite sum
         raise OperationError(
             f"this step would make weights infinite or NaN (learning_rate {adam.learning_rate}, eps {adam.eps}, "
             f"weight_decay {adam.weight_decay}); it was not taken"
