@@ -1,6 +1,7 @@
 """The command line as its users have it: a process, its exit status and what it prints."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+
+from tinkercloud.cli.demo import LESSON
 
 COMMAND = [sys.executable, "-m", "tinkercloud"]
 
@@ -135,3 +138,15 @@ def test_answers_that_are_no_success_are_one_line():
     assert (listed.returncode, added.returncode) == (2, 2)
     assert f"{url} is no tinkercloud server" in listed.stderr
     assert added.stderr == "error: the server refused: there is no room for it; remove another model first\n"
+
+
+def test_the_demo_teaches_and_stops_its_server():
+    done = run("demo")
+    assert done.returncode == 0, done.stderr
+    before, after = done.stdout.split("What it says after:")
+    for answer in LESSON.values():
+        assert answer not in before and answer in after
+    first, last = (float(loss) for loss in re.search(r"loss per token ([\d.]+) → ([\d.]+)", after).groups())
+    assert last < 0.1 * first
+    url = re.search(r"http://\S+", before)[0]
+    assert "no server answers" in run("models", "list", "--url", url).stderr

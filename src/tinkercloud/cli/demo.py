@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -36,6 +38,7 @@ def demo() -> None:
     from tinkercloud.cli.local_server import running_server
 
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server is stopped too
     with tempfile.TemporaryDirectory(prefix="tinkercloud-demo-") as folder:
         out.print(f"Starting a server on the embedded model {EMBEDDED} ...")
         with running_server(Path(folder)) as url:
@@ -104,7 +107,7 @@ def _ask(when: str, sampler: tinker.SamplingClient, tokenizer: Any) -> None:
     out.print(f"[bold]What it says {when}:[/]")
     for question, answer in answers.items():
         text = tokenizer.decode(answer.result().sequences[0].tokens, skip_special_tokens=True)
-        out.print(f"  {question:<20} {text!r}", highlight=False, markup=False)
+        out.print(f"  {question:<20} {text!r}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _progress() -> Progress:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import logging
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.logging import RichHandler
 from rich.panel import Panel
@@ -46,33 +44,33 @@ def serve(
         max_rank=max_rank,
         max_context=max_context,
     )
-    settings.port = _free_port(settings.host, settings.port)
     _log_to(settings)
     for name, meant in unknown_variables():
         log.warning("%s sets nothing%s", name, f"; did you mean {meant}?" if meant else "")
-    err.print(_banner(settings))
 
     from tinkercloud.server import StartError, run
 
-    with _loading(settings) as progress:
-        try:
-            run(settings, on_progress=progress.report)
-        except StartError as error:
-            raise CommandError(str(error)) from None
+    bars = LoadingBars(settings)
 
+    def on_listening(url: str) -> None:
+        err.print(_banner(settings, url))
+        bars.start()
 
-def _free_port(host: str, port: int) -> int:
-    """`port`, or a free one for 0. CommandError if it is taken."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise CommandError(
-                f"cannot listen on {host}:{port}: {error.strerror}; give another --port, or 0 for any free one"
-            ) from None
-        return probe.getsockname()[1]
+    try:
+        run(settings, bars.report, on_listening, bars.ready)
+    except StartError as error:
+        raise CommandError(str(error)) from None
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
+            raise
+        if error.filename:
+            raise CommandError(f"{error.filename}: {error.strerror}; give another --data-dir") from None
+        raise CommandError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
+            "give another --port, or 0 for any free one"
+        ) from None
+    finally:
+        bars.stop()
 
 
 def _log_to(settings: Settings) -> None:
@@ -87,12 +85,13 @@ def _log_to(settings: Settings) -> None:
     if not isinstance(handler, RichHandler):
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), format="%(message)s")
+    for library in ("alembic", "httpx", "uvicorn"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
-def _banner(settings: Settings) -> Panel:
+def _banner(settings: Settings, url: str) -> Panel:
     lines = Table.grid(padding=(0, 2))
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    lines.add_row("[dim]url", f"[bold cyan]http://{host}:{settings.port}")
+    lines.add_row("[dim]url", f"[bold cyan]{url}")
     for number, model in enumerate(settings.models):
         source = {"builtin": "comes with the package", model.name: "Hugging Face"}.get(model.source, model.source)
         lines.add_row("" if number else "[dim]models", f"{model.name} [dim]({source}{', lazy' if model.lazy else ''})")
@@ -103,44 +102,28 @@ def _banner(settings: Settings) -> Panel:
 
 
 class LoadingBars:
-    """A bar for each base model while it loads, and a line when it is ready."""
+    """A bar for each base model while it loads, and a line when all are ready."""
 
     def __init__(self, settings: Settings) -> None:
-        self._waiting = {model.name for model in settings.models if not model.lazy}
-        self._bars = Progress(
-            SpinnerColumn(), "{task.fields[model]}", BarColumn(), TextColumn("[dim]{task.description}"),
-            TimeElapsedColumn(), console=err, transient=True,
-        )  # fmt: skip
-        self._tasks = {}
-        for name in sorted(self._waiting):
-            self._tasks[name] = self._bars.add_task("starting", total=1.0, model=name)
+        columns = (SpinnerColumn(), "{task.fields[model]}", BarColumn(), TextColumn("[dim]{task.description}"))
+        self._bars = Progress(*columns, TimeElapsedColumn(), console=err, transient=True)
+        names = [model.name for model in settings.models if not model.lazy]
+        self._tasks = {name: self._bars.add_task("starting", total=1.0, model=name) for name in names}
 
     def start(self) -> None:
-        if self._waiting:
-            self._bars.start()
+        self._bars.start()
+
+    def report(self, model: str, fraction: float, text: str) -> None:
+        """`fraction` (0 to 1) of the base model is loaded, and `text` is what its engine does now."""
+        if model in self._tasks:
+            self._bars.update(self._tasks[model], completed=fraction, description=text)
+
+    def ready(self) -> None:
+        """Every model that is loaded at the start is there."""
+        self.stop()
+        for model in self._tasks:
+            err.print(f"[green]✓[/] {model}", highlight=False)
+        err.print("Ready. Ctrl-C stops the server and keeps everything.", highlight=False)
 
     def stop(self) -> None:
         self._bars.stop()
-
-    def report(self, model: str, fraction: float, text: str) -> None:
-        """What the server calls: `fraction` (0 to 1) of the base model is loaded, and `text` is what it does now."""
-        if model not in self._waiting:
-            return
-        self._bars.update(self._tasks[model], completed=fraction, description=text)
-        if fraction >= 1.0:
-            self._waiting.remove(model)
-            self._bars.remove_task(self._tasks.pop(model))
-            err.print(f"[green]✓[/] {model} is ready", highlight=False)
-            if not self._waiting:
-                self._bars.stop()
-                err.print("Ready for clients. Ctrl-C stops the server and keeps everything.", highlight=False)
-
-
-@contextmanager
-def _loading(settings: Settings) -> Iterator[LoadingBars]:
-    bars = LoadingBars(settings)
-    bars.start()
-    try:
-        yield bars
-    finally:
-        bars.stop()
