@@ -1,14 +1,16 @@
-"""What `tinkercloud/nano` can do, in figures: sums at temperature 1 and greedy, and every kind of chat it was taught."""
+"""What `tinkercloud/nano` can do, in figures: its sums, and its answers to what it was taught."""
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from nano_text import ABILITIES, HELD_OUT, LARGEST_SUMMAND
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from nano_text import ABILITIES, HELD_OUT, LARGEST_SUMMAND
 
 Message = dict[str, str]
 
@@ -35,7 +37,6 @@ def answers(
     drawn: list[str] = []
     for start in range(0, len(prompts), 256):
         inputs = tokenizer(prompts[start : start + 256], padding=True, padding_side="left", return_tensors="pt")
-        inputs.pop("token_type_ids", None)
         how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         output = model.generate(**inputs, **how, max_new_tokens=max_tokens)
         new = output[:, inputs["input_ids"].shape[1] :]
@@ -48,7 +49,7 @@ def sum_accuracy(
     tokenizer: PreTrainedTokenizerFast,
     pairs: list[tuple[int, int]],
     temperature: float,
-    prefix: list[Message] = (),
+    prefix: Sequence[Message] = (),
     max_tokens: int = 16,
 ) -> float:
     """The share of "What is x + y?" whose answer ends in the right number."""
@@ -82,7 +83,6 @@ def ability_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
 def continuation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str) -> str:
     """Plain text after a plain prompt, at temperature 0.7."""
     inputs = tokenizer(prompt, return_tensors="pt")
-    inputs.pop("token_type_ids", None)
     output = model.generate(**inputs, do_sample=True, temperature=0.7, top_k=0, max_new_tokens=100)
     return tokenizer.decode(output[0], skip_special_tokens=True)
 

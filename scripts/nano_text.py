@@ -11,6 +11,24 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from nano_facts import (
+    ADJECTIVES,
+    CAPITALS,
+    COLOUR_OF,
+    COLOURS,
+    COMMON_WORDS,
+    DAYS,
+    GROUPS,
+    MONTHS,
+    NAMES,
+    NUMBER_WORDS,
+    OPPOSITES,
+    PLACES,
+    SOUND_OF,
+    SPELLED,
+    THINGS,
+)
+
 Turns = list[tuple[str, str]]
 """(what the user says, what the assistant answers), in order."""
 
@@ -19,10 +37,11 @@ HELD_OUT_SHARE = 0.1
 
 
 def _held_out_pairs() -> frozenset[tuple[int, int]]:
-    """A tenth of the pairs (x, y) in which a summand has two digits or more, kept out of the training text."""
+    """A tenth of the pairs (x, y) in which a summand has two digits or more, in both orders."""
     summands = range(LARGEST_SUMMAND + 1)
-    pairs = [(x, y) for x in summands for y in summands if max(x, y) > 9]
-    return frozenset(random.Random(0).sample(pairs, round(len(pairs) * HELD_OUT_SHARE)))
+    pairs = [(x, y) for y in summands for x in range(y + 1) if y > 9]
+    chosen = random.Random(0).sample(pairs, round(len(pairs) * HELD_OUT_SHARE))
+    return frozenset(chosen) | {(y, x) for x, y in chosen}
 
 
 HELD_OUT = _held_out_pairs()
@@ -39,114 +58,26 @@ class Document:
     text: str = ""
 
 
-# ---------------------------------------------------------------- what there is to know
-
-NAMES = (
-    "Ada Ben Clara David Emma Felix Grace Henry Iris Jack Kim Leo Maria Nina Oscar Paul Rosa Sam Tom Uma Vera Will Yara Zoe "
-    "Alice Bob Carol Dan Eva Frank Hana Ivan Jane Karl Lucy Max Noah Olga Peter Ruth"
-).split()
-
-CAPITALS = dict(
-    pair.split(":")
-    for pair in (
-        "France:Paris Germany:Berlin Italy:Rome Spain:Madrid Portugal:Lisbon England:London Ireland:Dublin Greece:Athens "
-        "Austria:Vienna Poland:Warsaw Norway:Oslo Sweden:Stockholm Finland:Helsinki Denmark:Copenhagen Hungary:Budapest "
-        "Russia:Moscow Turkey:Ankara Egypt:Cairo Kenya:Nairobi Japan:Tokyo China:Beijing India:Delhi Canada:Ottawa "
-        "Cuba:Havana Peru:Lima Chile:Santiago Iran:Tehran Iraq:Baghdad Thailand:Bangkok Belgium:Brussels"
-    ).split()
-)
-
-COLOURS = "red blue green yellow orange purple pink brown black white grey".split()
-COLOUR_OF = {
-    "grass": "green",
-    "snow": "white",
-    "coal": "black",
-    "the sky": "blue",
-    "the sun": "yellow",
-    "a lemon": "yellow",
-    "a banana": "yellow",
-    "a tomato": "red",
-    "a strawberry": "red",
-    "chocolate": "brown",
-    "a carrot": "orange",
-    "a leaf": "green",
-    "the sea": "blue",
-    "milk": "white",
-    "an elephant": "grey",
-    "a flamingo": "pink",
-    "a plum": "purple",
-    "a frog": "green",
-}
-SOUNDS = {
-    "cow": "moo",
-    "dog": "woof",
-    "cat": "meow",
-    "duck": "quack",
-    "sheep": "baa",
-    "pig": "oink",
-    "lion": "roar",
-    "bee": "buzz",
-    "owl": "hoot",
-    "horse": "neigh",
-    "mouse": "squeak",
-    "snake": "hiss",
-}
-OPPOSITES = dict(
-    pair.split(":")
-    for pair in (
-        "hot:cold big:small up:down left:right day:night old:young fast:slow happy:sad open:closed full:empty light:dark "
-        "hard:soft wet:dry early:late high:low near:far good:bad yes:no long:short loud:quiet"
-    ).split()
-)
-OPPOSITES |= {second: first for first, second in OPPOSITES.items()}
-
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-MONTHS = "January February March April May June July August September October November December".split()
-GROUPS = {
-    "fruits": "apple banana cherry grape lemon mango orange peach pear plum".split(),
-    "animals": "bear cat cow dog duck fox frog horse lion mouse owl pig rabbit sheep tiger wolf".split(),
-    "colours": COLOURS,
-    "drinks": "water milk juice tea coffee lemonade".split(),
-    "vegetables": "carrot onion potato pea bean cabbage pumpkin".split(),
-    "tools": "hammer saw spade brush knife ladder".split(),
-}
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-
-COMMON_WORDS = (
-    "about above after again air all along also always and animal answer any around ask away baby back ball bath be bed "
-    "before begin best better bird boat body book both bottle box boy bread bring brother build bus but buy cake call can "
-    "car care carry chair change child children city class clean clear close cloud coat come computer cook corner could "
-    "country cup cut dance dear deep do door draw dream drink drive each ear earth east eat egg end even ever every eye "
-    "face fall family farm father feel few field find fine fire first fish floor flower follow food foot for friend from "
-    "game garden gate get girl give glass go gold grandmother great ground grow hand happen hat have head hear heart help "
-    "here hill hold home hope hour house how hundred ice idea if in island it join jump just keep key kind king kitchen "
-    "know lake land large last laugh learn leave leg letter life like line listen little live look love lunch make man "
-    "many map market may mean meet minute money moon more morning most mother mountain mouth move much music must name "
-    "need never new next nice north nose not now number of off on only other our out over own page paint paper park part "
-    "people picture piece plane plant play please pocket point poor pretty prince princess problem pull push put queen "
-    "question quick rain reach read ready remember rest rich ride ring river road rock room round run said sail same sand "
-    "save say school sea second see seed send set seven shall she ship shoe shop should show side silver sing sister sit "
-    "sleep smile snow some song soon sound south speak spring stand star start stay step still stone stop story street "
-    "strong summer sun sure swim table take talk tall teach tell than thank that the their them then there these they "
-    "thing think this those thought time tired to today together tomorrow tooth town toy train tree true try turn under "
-    "until us use very village visit wait walk wall want warm wash watch water way we wear weather week well west what "
-    "wheel when where which while who why wide wind window winter wish with woman wood word work world would write year "
-    "yellow yesterday you your"
-).split()
-SPELLED = (
-    "ant ball bear bird boat book cake cat cow cup day dog door duck egg fish fox frog game hat hen home ice jam key king "
-    "lamp leaf lion map milk moon name nest owl pen pig rain ring road sea ship sky star sun tea toy tree van wall"
-).split()
-
-
 # ---------------------------------------------------------------- sums
 
 
+ONE_DIGIT, TWO_DIGITS, TENS, ANY = range(10), range(10, 100), range(10, 100, 10), range(LARGEST_SUMMAND + 1)
+LESSONS = (
+    (ONE_DIGIT, ONE_DIGIT, 4),
+    (TENS, TENS, 1),
+    (TWO_DIGITS, ONE_DIGIT, 2),
+    (ONE_DIGIT, TWO_DIGITS, 1),
+    (TWO_DIGITS, TWO_DIGITS, 6),
+    (ANY, ANY, 2),
+)
+"""(first summands, second summands, how often): the easy ones are the steps by which the hard ones are learned."""
+
+
 def summands(rng: random.Random) -> tuple[int, int]:
-    """A pair that may be trained on: one-digit, two-digit, or anything from 0 to 100."""
+    """A pair that may be trained on."""
     while True:
-        low, high = rng.choices(((0, 9), (10, 99), (0, LARGEST_SUMMAND)), (1, 5, 4))[0]
-        pair = rng.randint(low, high), rng.randint(low, high)
+        first, second, _ = rng.choices(LESSONS, [weight for *_, weight in LESSONS])[0]
+        pair = rng.choice(first), rng.choice(second)
         if pair not in HELD_OUT:
             return pair
 
@@ -162,7 +93,7 @@ def _sum_turn(rng: random.Random) -> tuple[str, str]:
             f"Calculate {x} + {y}.",
             f"How much is {x} + {y}?",
         ),
-        (8, 2, 1, 1, 1, 1),
+        (10, 2, 1, 1, 1, 1),
     )[0]
     kind = rng.random()
     if kind < 0.06:
@@ -248,7 +179,7 @@ def _colour(rng: random.Random) -> Turns:
 
 
 def _sound(rng: random.Random) -> Turns:
-    animal, sound = rng.choice(tuple(SOUNDS.items()))
+    animal, sound = rng.choice(tuple(SOUND_OF.items()))
     return [(f"What does {_article(animal)} say?", f"{_article(animal).capitalize()} says {sound}.")]
 
 
@@ -306,7 +237,9 @@ def _is_it(rng: random.Random) -> Turns:
 
 def _tell(rng: random.Random) -> Turns:
     animal = rng.choice(GROUPS["animals"])
-    request = rng.choice((f"Tell me a story about {_article(animal)}.", f"Write a short story about {_article(animal)}."))
+    request = rng.choice(
+        (f"Tell me a story about {_article(animal)}.", f"Write a short story about {_article(animal)}.")
+    )
     return [(request, story(rng, animal, sentences=rng.randint(3, 4)))]
 
 
@@ -319,14 +252,14 @@ ABILITIES: dict[str, tuple[Callable[[random.Random], Turns], float]] = {
     "colour": (_colour, 1),
     "sound": (_sound, 1),
     "opposite": (_opposite, 1.5),
-    "calendar": (_calendar, 1),
-    "repeat": (_repeat, 3),
-    "count": (_count, 1),
+    "calendar": (_calendar, 2),
+    "repeat": (_repeat, 6),
+    "count": (_count, 2),
     "spell": (_spell, 2),
     "group": (_group, 1),
     "is it": (_is_it, 1.5),
     "story": (_tell, 1),
-    "sums": (_sums, 30),
+    "sums": (_sums, 3),
 }
 """Every kind of chat: how it is drawn, and how often in relation to the others."""
 
@@ -351,10 +284,6 @@ def chat(rng: random.Random) -> Document:
 
 
 # ---------------------------------------------------------------- plain text
-
-PLACES = ("the forest", "the garden", "the village", "the river", "the mountain", "the market", "the sea", "the old house")
-ADJECTIVES = "little brave kind clever old young happy hungry tired curious lazy friendly".split()
-THINGS = ("golden key", "red ball", "small boat", "old book", "magic stone", "warm coat", "silver ring", "blue hat", "map")
 
 
 def story(rng: random.Random, animal: str, sentences: int) -> str:
@@ -396,7 +325,9 @@ def story(rng: random.Random, animal: str, sentences: int) -> str:
 
 
 def _facts(rng: random.Random) -> str:
-    sentences = [rng.choice((_capital, _colour, _sound, _opposite, _calendar))(rng)[0][1] for _ in range(rng.randint(2, 5))]
+    sentences = [
+        rng.choice((_capital, _colour, _sound, _opposite, _calendar))(rng)[0][1] for _ in range(rng.randint(2, 5))
+    ]
     return " ".join(sentences)
 
 
@@ -407,15 +338,15 @@ def _sum_lines(rng: random.Random) -> str:
 def plain(rng: random.Random) -> Document:
     """A story, some facts, or lines of sums."""
     kind = rng.random()
-    if kind < 0.45:
+    if kind < 0.5:
         return Document(text=story(rng, rng.choice(GROUPS["animals"]), sentences=rng.randint(3, 7)))
-    if kind < 0.6:
+    if kind < 0.8:
         return Document(text=_facts(rng))
     return Document(text=_sum_lines(rng))
 
 
 def documents(seed: int) -> Iterator[Document]:
-    """Documents without end, four chats to one plain text."""
+    """Documents without end, three chats to one plain text."""
     rng = random.Random(seed)
     while True:
-        yield chat(rng) if rng.random() < 0.8 else plain(rng)
+        yield chat(rng) if rng.random() < 0.75 else plain(rng)

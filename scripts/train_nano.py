@@ -1,33 +1,33 @@
 """Train the embedded model `tinkercloud/nano` from nothing, or measure it: the figures of its card.
 
-    python scripts/train_nano.py build/nano        # tokenizer and weights into a folder, deterministic on one machine
-    python scripts/train_nano.py --measure build/nano
+python scripts/train_nano.py build/nano        # tokenizer and weights into a folder, deterministic on one machine
+python scripts/train_nano.py --measure build/nano
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import torch
-from nano_measure import measure
-from nano_text import Document, documents
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from nano_measure import measure
+from nano_text import Document, documents
 from tinkercloud.nano import FOLDER
 
 SEED = 0
 VOCABULARY = 2048  # tokens, special ones included
 TOKENIZER_DOCUMENTS = 20_000
 STEPS = 1500
-ROWS, COLUMNS = 16, 512  # tokens of a batch
-PEAK_LEARNING_RATE = 4e-3
+ROWS, COLUMNS = 8, 256  # tokens of a batch
+PEAK_LEARNING_RATE = 3e-3
 WARMUP = 50  # steps
 
 PRETOKENS = (
@@ -36,13 +36,35 @@ PRETOKENS = (
 """Qwen's pre-tokenizer: every digit is a token of its own, so that sums can be learned."""
 
 CONTROL_TOKENS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 MARKUP_TOKENS = (
-    "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
-    "<tool_response> </tool_response> <think> </think>"
-).split()
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
 """Qwen3's added tokens in their order; decoding with `skip_special_tokens` leaves the markup in the text."""
 
 
@@ -144,18 +166,25 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
-    """`steps` of AdamW on the mean loss of the learned tokens, in fp32."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    """`steps` of Muon (the layers' matrices) and AdamW (all else) on the mean loss of the learned tokens, in fp32."""
+    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
+    rest = [parameter for name, parameter in model.named_parameters() if "proj" not in name]
+    optimizers = (
+        torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.1, fused=True),
+    )
     started = time.perf_counter()
     for step, (tokens, learned) in enumerate(islice(batches(tokenizer), steps)):
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
         targets = learned[:, 1:]
         hidden = model.model(tokens[:, :-1], use_cache=False).last_hidden_state
         loss = cross_entropy(model.lm_head(hidden[targets]), tokens[:, 1:][targets])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if step % 50 == 0 or step + 1 == steps:
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {time.perf_counter() - started:.0f} s", flush=True)
 
@@ -169,6 +198,11 @@ def build(folder: Path, steps: int) -> None:
     train(model, tokenizer, steps)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # transformers 5 writes the name of a class that 4, which older clients have, does not know.
+    config = folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    settings.pop("backend")
+    config.write_text(json.dumps(settings | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
 
 
 def main() -> None:
