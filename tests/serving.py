@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -21,11 +22,15 @@ def free_port() -> int:
 
 
 class Server:
-    """`tinkercloud serve` on a free loopback port. Start and stop it as often as you like: the data stay."""
+    """`tinkercloud serve` on a free loopback port. Start and stop it as often as you like: the data stay.
 
-    def __init__(self, data_dir: Path, *options: str):
+    Keyword arguments are environment variables.
+    """
+
+    def __init__(self, data_dir: Path, *options: str, **environ: str):
         self.data_dir = data_dir
         self.options = options
+        self.environ = os.environ | environ
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = data_dir.with_suffix(".log")
@@ -35,7 +40,7 @@ class Server:
         command = [sys.executable, "-m", "tinkercloud", "serve", "--port", str(self.port)]
         command += ["--data-dir", str(self.data_dir), *self.options]
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environ)
         if wait:
             self.wait_until_ready()
         return self

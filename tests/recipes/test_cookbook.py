@@ -1,0 +1,56 @@
+"""Recipes of the public cookbook, unmodified, with the official SDK: what they report is what they should."""
+
+import json
+import math
+
+import pytest
+
+RENDERER = "renderer_name=qwen3_instruct"
+FRESH = "behavior_if_log_dir_exists=delete"
+
+
+def series(rows: list[dict], key: str) -> list[float]:
+    """A metric over the steps that have it."""
+    found = [row[key] for row in rows if key in row]
+    assert found, f"no {key!r} in {sorted(rows[-1])}"
+    return found
+
+
+def test_supervised_training_lowers_the_nll(recipe, home, tmp_path):
+    data = f"dataset={home / 'conversations.jsonl'}"
+    options = ("batch_size=16", "learning_rate=3e-3", "max_length=128", "num_epochs=3", "save_every=6", "eval_every=0")
+    nll = series(recipe("chat_sl.train", tmp_path / "log", RENDERER, data, *options, FRESH), "train_mean_nll")
+    assert len(nll) == 12
+    assert nll[-1] < nll[0] / 2, nll
+
+
+def test_a_resumed_loop_repeats_its_steps(recipe, tmp_path):
+    log = tmp_path / "log"
+    options = ("batch_size=16", "learning_rate=3e-3", "max_length=128", "save_every=3", "max_steps=6")
+    whole = series(recipe("sl_loop", log, *options), "train_mean_nll")
+    assert len(whole) == 6
+
+    checkpoints = log / "checkpoints.jsonl"
+    kept = [line for line in checkpoints.read_text().splitlines() if json.loads(line)["name"] != "final"]
+    assert [json.loads(line)["batch"] for line in kept] == [3]
+    checkpoints.write_text("\n".join(kept) + "\n")  # as if it had been stopped behind this one
+    repeated = series(recipe("sl_loop", log, *options), "train_mean_nll")[6:]
+    assert repeated == pytest.approx(whole[3:], abs=1e-6)
+    assert whole[3] != pytest.approx(whole[0], abs=1e-2), "training must show, or the comparison proves nothing"
+
+
+def test_reinforcement_learning_raises_the_reward(recipe, tmp_path):
+    options = ("env=arithmetic", "group_size=8", "groups_per_batch=16", "learning_rate=1e-3", "max_tokens=5")
+    options += ("max_steps=8", "save_every=0", "eval_every=0", "loss_fn=importance_sampling")
+    rows = recipe("math_rl.train", tmp_path / "log", RENDERER, *options, FRESH)
+    print([{k: round(v, 3) for k, v in r.items() if "env/all" in k or "kl" in k} for r in rows])
+    reward = series(rows, "env/all/reward/total")
+    assert reward[-1] > reward[0], reward
+    assert max(map(abs, series(rows, "optim/kl_sample_train_v2"))) < 1e-4
+
+
+def test_preference_training_starts_at_even_odds(recipe, tmp_path):
+    options = ("dataset=hhh", "learning_rate=1e-3", "batch_size=16", "max_length=128", "max_steps=5")
+    loss = series(recipe("preference.dpo.train", tmp_path / "log", RENDERER, *options, FRESH), "dpo_loss")
+    assert loss[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert loss[-1] < 0.5, loss
