@@ -94,7 +94,7 @@ def test_defaults_are_the_sdks(theirs, ours):
         mine = ours.model_fields.get(name)
         if mine is not None and default is not ... and not mine.is_required() and name != "type":
             own = mine.get_default(call_default_factory=True)
-            own = own.model_dump() if hasattr(own, "model_dump") else own
+            own = own.model_dump(exclude_none=True) if hasattr(own, "model_dump") else own
             theirs_plain = default.model_dump() if hasattr(default, "model_dump") else default
             assert own == theirs_plain, f"{ours.__name__}.{name}"
 

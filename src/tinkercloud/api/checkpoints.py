@@ -33,7 +33,7 @@ def checkpoint_json(checkpoint: CheckpointRecord) -> dict[str, Any]:
 async def weights_info(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """What a training run must be to load a checkpoint."""
     given = await wire.read(request, wire.WeightsInfo)
-    checkpoint = await service.checkpoint(given.tinker_path, owner)
+    checkpoint = await service.checkpoints.get(given.tinker_path, owner)
     return {
         "base_model": checkpoint.base_model,
         "optimizer_config": {"type": "adamw"},
@@ -48,15 +48,15 @@ async def weights_info(request: Request, service: ServiceOf, owner: Owner) -> di
 @router.get("/training_runs/{training_run_id}/checkpoints")
 async def list_run_checkpoints(training_run_id: str, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """All checkpoints of a training run, newest first."""
-    await service.training_run(training_run_id, owner)
-    found = await service.list_checkpoints(owner, training_run_id)
+    await service.runs.find(training_run_id, owner)
+    found = await service.checkpoints.list(owner, training_run_id)
     return {"checkpoints": [checkpoint_json(checkpoint) for checkpoint in found]}
 
 
 @router.get("/checkpoints")
 async def list_checkpoints(service: ServiceOf, owner: Owner, limit: Limit = 100, offset: Offset = 0) -> dict[str, Any]:
     """A page of all the owner's checkpoints, newest first."""
-    found = await service.list_checkpoints(owner, None)
+    found = await service.checkpoints.list(owner, None)
     return {
         "checkpoints": [checkpoint_json(checkpoint) for checkpoint in found[offset : offset + limit]],
         "cursor": {"offset": offset, "limit": limit, "total_count": len(found)},

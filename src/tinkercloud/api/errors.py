@@ -12,6 +12,7 @@ import uuid
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinkercloud.api.wire.answers import Json
@@ -80,6 +81,8 @@ class Guard:
 
         try:
             await self.app(scope, receive, watch)
+        except ClientDisconnect:
+            return
         except Exception:
             request_id = uuid.uuid4().hex
             log.exception("%s %s crashed; request %s", scope["method"], scope["path"], request_id)

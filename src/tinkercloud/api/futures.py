@@ -29,7 +29,7 @@ async def retrieve_future(request: Request, service: ServiceOf, owner: Owner) ->
     """
     given = await wire.read(request, wire.RetrieveFuture)
     settings = request.app.state.settings
-    entry, outcome = await service.outcome(given.request_id, owner, settings.poll_seconds)
+    entry, outcome = await service.futures.outcome(given.request_id, owner, settings.poll_seconds)
     if outcome is None:
         return Json({"type": "try_again", "request_id": given.request_id, "queue_state": "active"}, 408)
     size = entry.result_bytes
@@ -43,9 +43,9 @@ async def retrieve_future(request: Request, service: ServiceOf, owner: Owner) ->
 async def retrieve_futures(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Which samples of one client of a sampler have ended since a cursor; waits for the first, `timeout` 0 for none."""
     given = await wire.read(request, wire.RetrieveFutures)
-    sampler = await service.sampler(given.target.sampling_session_id, owner)
+    sampler = await service.samplers.get(given.target.sampling_session_id, owner)
     seconds = COMPLETIONS_SECONDS if given.timeout is None else min(max(given.timeout, 0), COMPLETIONS_SECONDS)
-    ended = await service.completions(sampler, given.target.cloned_sampler_id, given.prev_cursor, seconds)
+    ended = await service.futures.completions(sampler, given.target.cloned_sampler_id, given.prev_cursor, seconds)
     completions = [
         {"state": "failed", "request_id": entry.request_id}
         if entry.state != "done"
@@ -63,5 +63,5 @@ async def retrieve_futures(request: Request, service: ServiceOf, owner: Owner) -
 async def cancel_future(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Stop a sample that nobody waits for any more."""
     given = await wire.read(request, wire.CancelFuture)
-    await service.cancel(given.request_id, owner)
+    await service.samplers.cancel(given.request_id, owner)
     return {"type": "cancel_future"}

@@ -17,8 +17,8 @@ router = APIRouter(tags=["server"])
 @router.get("/healthz", response_model=None)
 async def healthz(service: ServiceOf) -> Response:
     """503 until every preloaded base model was ready once, then 200; always with the state of each engine."""
-    engines = service.engines()
-    if service.ready():
+    engines = service.models.states()
+    if service.models.ready():
         return Json({"status": "ok", "engines": engines})
     detail = "base models are loading: " + ", ".join(f"{name} is {state}" for name, state in engines.items())
     return Json({"status": "loading", "detail": detail, "engines": engines}, 503, {"retry-after": str(RETRY_SECONDS)})
@@ -35,7 +35,7 @@ async def get_server_capabilities(service: ServiceOf) -> dict[str, Any]:
                 "trainable": True,
                 "sampleable": True,
             }
-            for name, info in service.served_models()
+            for name, info in service.models.known()
         ]
     }
 

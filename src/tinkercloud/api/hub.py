@@ -108,10 +108,10 @@ def _hub_name(name: str) -> str:
 
 
 async def _repository(service: Service, name: str) -> Repository | None:
-    served = next((model for model, _ in service.served_models() if name in (model, _hub_name(model))), None)
+    served = next((model for model, _ in service.models.known() if name in (model, _hub_name(model))), None)
     if served is None:
         return None
-    info = await service.base_model(served)
+    info = await service.models.info(served)
     return await asyncio.to_thread(_read_repository, name, Path(info.folder))
 
 
@@ -136,7 +136,7 @@ def _digest(path: Path, mtime_ns: int, size: int) -> str:
 
 
 def _no_repository(service: Service, name: str) -> Response:
-    served = ", ".join(model for model, _ in service.served_models())
+    served = ", ".join(model for model, _ in service.models.known())
     return _missing("RepoNotFound", f"this server does not serve {name}; it serves {served}", None)
 
 

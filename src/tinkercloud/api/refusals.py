@@ -25,7 +25,7 @@ async def recorded(service: Service, model: ModelRecord, seq_id: int | None, kin
     try:
         yield
     except PERMANENT as error:
-        await service.refuse(model, seq_id, kind, str(error))
+        await service.runs.refuse(model, seq_id, kind, str(error))
         raise
 
 
@@ -44,13 +44,13 @@ async def record_unreadable(service: Service, owner: str, kind: str, error: Unre
         return
     model_id, seq_id = error.address
     with suppress(NotFound):
-        await service.refuse(await service.model(model_id, owner), seq_id, kind, str(error))
+        await service.runs.refuse(await service.runs.live(model_id, owner), seq_id, kind, str(error))
 
 
 async def accepted(service: Service, owner: str, entry: Entry, kind: str) -> dict[str, Any]:
     """The SDK's untyped future of an operation. InvalidRequest if its seq_id was refused before, or was another's."""
     if entry.state == "refused":
-        _, outcome = await service.outcome(entry.request_id, owner, 0)
+        _, outcome = await service.futures.outcome(entry.request_id, owner, 0)
         raise InvalidRequest(outcome.error if isinstance(outcome, Failure) else "this operation was refused before")
     if entry.kind != kind:
         raise InvalidRequest(f"seq_id {entry.seq_id} of {entry.stream} was a {entry.kind} before; send the next one")

@@ -19,15 +19,15 @@ router = APIRouter(tags=["sampling"])
 async def create_sampling_session(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """A sampler of a checkpoint (`model_path`) or of a base model. Its weights never change."""
     given = await wire.read(request, wire.CreateSamplingSession)
-    session = await service.active_session(given.session_id, owner)
-    sampler = await service.create_sampler(session, given.sampling_session_seq_id, given.base_model, given.model_path)
+    session = await service.sessions.active(given.session_id, owner)
+    sampler = await service.samplers.create(session, given.sampling_session_seq_id, given.base_model, given.model_path)
     return {"type": "create_sampling_session", "sampling_session_id": sampler.sampler_id}
 
 
 @router.get("/samplers/{sampler_id}")
 async def get_sampler(sampler_id: str, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """A sampler's base model and the checkpoint that it was made from, if any."""
-    sampler = await service.sampler(sampler_id, owner)
+    sampler = await service.samplers.get(sampler_id, owner)
     return {"sampler_id": sampler.sampler_id, "base_model": sampler.base_model, "model_path": sampler.model_path}
 
 
@@ -35,8 +35,8 @@ async def get_sampler(sampler_id: str, service: ServiceOf, owner: Owner) -> dict
 async def join_sampling_session(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """A number for one more client of a sampler: its seq_ids begin at 10^9 times it."""
     given = await wire.read(request, wire.JoinSamplingSession)
-    sampler = await service.sampler(given.sampling_session_id, owner)
-    return {"type": "join_sampling_session", "client_counter": await service.join_sampler(sampler)}
+    sampler = await service.samplers.get(given.sampling_session_id, owner)
+    return {"type": "join_sampling_session", "client_counter": await service.samplers.join(sampler)}
 
 
 @router.post("/asample", openapi_extra=body_of(wire.Sample))
@@ -44,13 +44,13 @@ async def asample(request: Request, service: ServiceOf, owner: Owner) -> dict[st
     """Draw `num_samples` continuations of a prompt, from a sampling session or from weights named in the request."""
     given = await wire.read(request, wire.Sample)
     if given.sampling_session_id is not None:
-        sampler = await service.sampler(given.sampling_session_id, owner)
+        sampler = await service.samplers.get(given.sampling_session_id, owner)
     elif given.base_model is not None or given.model_path is not None:
-        sampler = await service.unbound_sampler(owner, given.base_model, given.model_path)
+        sampler = await service.samplers.unbound(owner, given.base_model, given.model_path)
     else:
         raise InvalidRequest("send sampling_session_id, model_path or base_model: there is nothing to sample from")
-    operation = sample_from(given, sampler.sampler_id, await service.base_model(sampler.base_model))
+    operation = sample_from(given, sampler.sampler_id, await service.models.info(sampler.base_model))
     seq_id = given.seq_id if given.sampling_session_id is not None else None
-    entry = await service.sample(sampler, seq_id, operation)
+    entry = await service.samplers.sample(sampler, seq_id, operation)
     sequence_ids = [f"{entry.request_id}:{number}" for number in range(operation.num_samples)]
     return {"request_id": entry.request_id, "sample_sequence_ids": sequence_ids}

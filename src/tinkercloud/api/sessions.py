@@ -18,7 +18,7 @@ router = APIRouter(tags=["sessions"])
 async def create_session(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Open a session; training runs and samplers live in one."""
     given = await wire.read(request, wire.CreateSession)
-    session = await service.create_session(
+    session = await service.sessions.create(
         owner=owner,
         tags=given.tags,
         user_metadata=given.user_metadata or {},
@@ -33,7 +33,7 @@ async def create_session(request: Request, service: ServiceOf, owner: Owner) -> 
 async def session_heartbeat(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Keep a session; a parked one comes back. 410 if it has finished."""
     given = await wire.read(request, wire.SessionHeartbeat)
-    await service.heartbeat(given.session_id, owner)
+    await service.sessions.heartbeat(given.session_id, owner)
     return {"type": "session_heartbeat"}
 
 
@@ -41,22 +41,22 @@ async def session_heartbeat(request: Request, service: ServiceOf, owner: Owner) 
 async def finish_session(session_id: str, request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """End a session for good; the first reason stays."""
     given = await wire.read(request, wire.FinishSession)
-    await service.finish_session(session_id, owner, given.reason.type)
+    await service.sessions.finish(session_id, owner, given.reason.type)
     return {"type": "finish_session"}
 
 
 @router.get("/sessions")
 async def list_sessions(service: ServiceOf, owner: Owner, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
     """Ids of the owner's sessions, newest first."""
-    sessions = await service.list_sessions(owner, limit, offset)
+    sessions = await service.sessions.list(owner, limit, offset)
     return {"sessions": [session.session_id for session in sessions]}
 
 
 @router.get("/sessions/{session_id}")
 async def get_session(session_id: str, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """A session's training runs and samplers."""
-    session = await service.session(session_id, owner)
-    models, samplers = await service.session_members(session_id)
+    session = await service.sessions.get(session_id, owner)
+    models, samplers = await service.sessions.members(session_id)
     return {
         "training_run_ids": models,
         "sampler_ids": samplers,

@@ -33,11 +33,11 @@ QUICKSTART_HEADER = "x-tinker-gmi"
 async def create_model(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Start a training run: a fresh LoRA adapter over a base model."""
     given = await wire.read(request, wire.CreateModel)
-    session = await service.active_session(given.session_id, owner)
-    info = await service.base_model(given.base_model)
+    session = await service.sessions.active(given.session_id, owner)
+    info = await service.models.info(given.base_model)
     check_optimizer(given.optimizer_config)
     lora = lora_from(given.lora_config, info)
-    entry = await service.create_model(session, given.model_seq_id, info.name, lora, given.user_metadata or {})
+    entry = await service.runs.create(session, given.model_seq_id, info.name, lora, given.user_metadata or {})
     return await accepted(service, owner, entry, "create_model")
 
 
@@ -45,8 +45,8 @@ async def create_model(request: Request, service: ServiceOf, owner: Owner) -> di
 async def get_info(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """A training run's base model, tokenizer, adapter and optimizer."""
     given = await wire.read(request, wire.ModelAddress)
-    model = await service.model(given.model_id, owner)
-    info = await service.base_model(model.base_model)
+    model = await service.runs.live(given.model_id, owner)
+    info = await service.models.info(model.base_model)
     return {
         "type": "get_info",
         "model_data": {
@@ -77,8 +77,8 @@ def tokenizer_id(info: BaseModelInfo, client_host: str) -> str:
 async def unload_model(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """End a training run, after everything before it has run. Its checkpoints stay."""
     given = await wire.read(request, wire.ModelAddress)
-    model = await service.model(given.model_id, owner)
-    return await accepted(service, owner, await service.unload_model(model), "unload_model")
+    model = await service.runs.live(given.model_id, owner)
+    return await accepted(service, owner, await service.runs.unload(model), "unload_model")
 
 
 @router.post("/forward_backward", openapi_extra=body_of(wire.ForwardBackward, PROTOBUF))
@@ -136,15 +136,15 @@ async def _submit_batch(
 ) -> dict[str, Any]:
     if seq_id is not None and seq_id < 0:
         raise InvalidRequest(f"seq_id must not be negative, but it is {seq_id}")
-    model = await service.model(model_id, owner)
+    model = await service.runs.live(model_id, owner)
     align = request.headers.get(QUICKSTART_HEADER) == "1"
     async with recorded(service, model, seq_id, kind):
-        info = await service.base_model(model.base_model)
+        info = await service.models.info(model.base_model)
 
         def operation() -> ForwardBackward:
             return operation_from(decode(), model_id, kind == "forward", info, align)
 
-        entry = await service.submit(model, seq_id, kind, await off_loop(size, operation))
+        entry = await service.runs.submit(model, seq_id, kind, await off_loop(size, operation))
     return await accepted(service, owner, entry, kind)
 
 
@@ -153,10 +153,10 @@ async def optim_step(request: Request, service: ServiceOf, owner: Owner) -> dict
     """Apply the accumulated gradients with AdamW, and clear them."""
     raw = await read_operation(request, service, owner, "optim_step")
     address = wire.as_request(wire.Address, raw)
-    model = await service.model(address.model_id, owner)
+    model = await service.runs.live(address.model_id, owner)
     async with recorded(service, model, address.seq_id, "optim_step"):
         operation = OptimStep(model.model_id, _adam_from(wire.as_request(wire.OptimStep, raw)))
-        entry = await service.submit(model, address.seq_id, "optim_step", operation)
+        entry = await service.runs.submit(model, address.seq_id, "optim_step", operation)
     return await accepted(service, owner, entry, "optim_step")
 
 

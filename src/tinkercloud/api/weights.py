@@ -23,11 +23,11 @@ async def save_weights(request: Request, service: ServiceOf, owner: Owner) -> di
     """Save weights and optimizer state, to go on training from."""
     raw = await read_operation(request, service, owner, "save_weights")
     address = wire.as_request(wire.Address, raw)
-    model = await service.model(address.model_id, owner)
+    model = await service.runs.live(address.model_id, owner)
     async with recorded(service, model, address.seq_id, "save_weights"):
         given = wire.as_request(wire.SaveWeights, raw)
         check_name(given.path, given.ttl_seconds)
-        entry = await service.save_weights(
+        entry = await service.runs.save_weights(
             model,
             given.seq_id,
             given.path,
@@ -44,16 +44,16 @@ async def save_weights_for_sampler(request: Request, service: ServiceOf, owner: 
     """Save weights to sample from: as a checkpoint by `path`, or as a sampling session by `sampling_session_seq_id`."""
     raw = await read_operation(request, service, owner, "save_weights_for_sampler")
     address = wire.as_request(wire.Address, raw)
-    model = await service.model(address.model_id, owner)
+    model = await service.runs.live(address.model_id, owner)
     async with recorded(service, model, address.seq_id, "save_weights_for_sampler"):
         given = wire.as_request(wire.SaveWeightsForSampler, raw)
         if given.kind != "snapshot":
             raise InvalidRequest(f"kind {given.kind!r:.80} is not served; use 'snapshot', which keeps its weights")
         check_name(given.path, given.ttl_seconds)
         if given.sampling_session_seq_id is not None and given.path is None:
-            entry = await service.save_ephemeral_sampler(model, given.seq_id, given.sampling_session_seq_id)
+            entry = await service.runs.save_ephemeral_sampler(model, given.seq_id, given.sampling_session_seq_id)
         elif given.sampling_session_seq_id is None:
-            entry = await service.save_weights(
+            entry = await service.runs.save_weights(
                 model,
                 given.seq_id,
                 given.path,
@@ -74,23 +74,23 @@ async def load_weights(request: Request, service: ServiceOf, owner: Owner) -> di
     if raw.get("model_id") is None:
         return await _create_from(service, owner, wire.as_request(wire.LoadWeights, raw))
     address = wire.as_request(wire.Address, raw)
-    model = await service.model(address.model_id, owner)
+    model = await service.runs.live(address.model_id, owner)
     async with recorded(service, model, address.seq_id, "load_weights"):
         given = wire.as_request(wire.LoadWeights, raw)
         if given.session_id is not None or given.model_seq_id is not None:
             raise InvalidRequest("model_id loads into a training run, session_id makes a new one; send one of them")
         checkpoint = await _loadable(service, owner, given)
-        entry = await service.load_weights(model, given.seq_id, checkpoint, given.optimizer)
+        entry = await service.runs.load_weights(model, given.seq_id, checkpoint, given.optimizer)
     return await accepted(service, owner, entry, "load_weights")
 
 
 async def _create_from(service: Service, owner: str, given: wire.LoadWeights) -> dict[str, Any]:
     if given.session_id is None or given.model_seq_id is None:
         raise InvalidRequest("send model_id and seq_id to load into a training run, or session_id and model_seq_id")
-    session = await service.active_session(given.session_id, owner)
+    session = await service.sessions.active(given.session_id, owner)
     checkpoint = await _loadable(service, owner, given)
-    await service.base_model(checkpoint.base_model)
-    entry = await service.create_model_from(
+    await service.models.info(checkpoint.base_model)
+    entry = await service.runs.create_from(
         session, given.model_seq_id, checkpoint, given.optimizer, given.user_metadata or {}
     )
     return await accepted(service, owner, entry, "load_weights")
@@ -98,7 +98,7 @@ async def _create_from(service: Service, owner: str, given: wire.LoadWeights) ->
 
 async def _loadable(service: Service, owner: str, given: wire.LoadWeights) -> CheckpointRecord:
     check_optimizer(given.optimizer_config)
-    checkpoint = await service.checkpoint(given.path, owner)
+    checkpoint = await service.checkpoints.get(given.path, owner)
     if given.optimizer and checkpoint.kind != "training":
         raise InvalidRequest(f"{given.path} has no optimizer state; load a /weights/ checkpoint, or without optimizer")
     if given.base_model not in (None, checkpoint.base_model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 import zstandard
@@ -53,10 +53,11 @@ async def read_body(request: Request) -> bytes:
     encoding = request.headers.get("content-encoding", "identity").lower()
     protobuf = is_protobuf(request)
     body = bytearray()
-    async for chunk in request.stream():
+    stream = request.stream()
+    async for chunk in stream:
         body += chunk
         if len(body) > limit:
-            head, tail = await _drain(request, body)
+            head, tail = await _drain(stream, body)
             if encoding == "zstd":
                 head, tail = _decompressed_prefix(head), b""
             raise UnreadablyLarge(_TOO_LARGE.format(f"{limit} bytes"), find_address(head, tail, protobuf))
@@ -74,10 +75,10 @@ async def off_loop(size: int, function: Callable[..., T], *arguments: Any) -> T:
     return function(*arguments)
 
 
-async def _drain(request: Request, read: bytearray) -> tuple[bytes, bytes]:
+async def _drain(stream: AsyncIterator[bytes], read: bytearray) -> tuple[bytes, bytes]:
     head, tail, total = bytes(read[:HEAD_BYTES]), bytes(read[-TAIL_BYTES:]), len(read)
     read.clear()
-    async for chunk in request.stream():
+    async for chunk in stream:
         tail = (tail + chunk)[-TAIL_BYTES:]
         total += len(chunk)
         if total > DRAIN_BYTES:

@@ -95,6 +95,8 @@ class Lora(Options):
 
 class OptimizerConfig(Options):
     type: str = "adamw"
+    version: int | None = None
+    """Another family's; adamw has none."""
 
 
 class CreateModel(Wire):
