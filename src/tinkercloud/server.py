@@ -88,7 +88,7 @@ async def _serve(
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
-        failed = service.load_failures()
+        failed = service.models.failures()
         await service.stop()
     if failed:
         raise StartError("; ".join(failed))
@@ -110,8 +110,8 @@ def _bind(settings: Settings) -> socket.socket:
 async def _announce_ready(service: Service, server: uvicorn.Server, on_ready: Callable[[], None]) -> None:
     """Tell when all preloaded models are there; end the server when one of them never will be."""
     with contextlib.suppress(asyncio.CancelledError):
-        await service.preloaded()
-        if service.load_failures():
+        await service.models.settled()
+        if service.models.failures():
             server.should_exit = True
         else:
             on_ready()

@@ -31,16 +31,16 @@ class Client:
 
     @classmethod
     async def create(cls, service: Service, seed: int = 0) -> Client:
-        session = await service.create_session(
+        session = await service.sessions.create(
             owner=OWNER, tags=[], user_metadata={}, sdk_version="0.38.0", project_id=None, display_name=None
         )
-        entry = await service.create_model(session, 0, NANO, LoraConfig(rank=4, seed=seed), {})
+        entry = await service.runs.create(session, 0, NANO, LoraConfig(rank=4, seed=seed), {})
         await cls._finished(service, entry)
-        return cls(service, session, await service.model(entry.stream, OWNER))
+        return cls(service, session, await service.runs.live(entry.stream, OWNER))
 
     async def send(self, kind: str, operation):
         self.seq_id += 1
-        return await self.service.submit(self.model, self.seq_id, kind, operation)
+        return await self.service.runs.submit(self.model, self.seq_id, kind, operation)
 
     async def forward_backward(self, batch=BATCH):
         operation = ForwardBackward(self.model.model_id, batch, "cross_entropy")
@@ -63,7 +63,7 @@ class Client:
 
     @staticmethod
     async def _finished(service: Service, entry):
-        entry, outcome = await service.outcome(entry.request_id, OWNER, timeout=60)
+        entry, outcome = await service.futures.outcome(entry.request_id, OWNER, timeout=60)
         assert outcome is not None, f"{entry.kind} has not ended after 60 s"
         return outcome
 

@@ -36,10 +36,10 @@ def test_a_run_goes_on_after_its_engine_was_killed(serving, run):
         async with serving() as service:
             client = await Client.create(service)
             losses = await client.steps(3)
-            engine = await service._models.get(NANO).engine()
+            engine = await service.models.get(NANO).engine.running()
             os.kill(engine.pid, signal.SIGKILL)
             losses += await client.steps(3)
-            assert service.ready(), "a restart does not take readiness back"
+            assert service.models.ready(), "a restart does not take readiness back"
         assert losses == expected
 
     run(story)
@@ -51,14 +51,14 @@ def test_a_parked_session_comes_back_by_itself(serving, run):
         async with serving() as service:
             client = await Client.create(service)
             losses = await client.steps(2)
-            await service.park_silent_sessions(time.time() + 10_000)
-            assert (await service.session(client.session.session_id, OWNER)).state == "parked"
+            await service.sessions.park_silent(time.time() + 10_000)
+            assert (await service.sessions.get(client.session.session_id, OWNER)).state == "parked"
             losses += await client.steps(2)
-            assert (await service.session(client.session.session_id, OWNER)).state == "active"
+            assert (await service.sessions.get(client.session.session_id, OWNER)).state == "active"
             assert losses == expected
-            await service.park_silent_sessions(time.time() + 10_000)
-            await service.heartbeat(client.session.session_id, OWNER)
-            assert (await service.session(client.session.session_id, OWNER)).state == "active"
+            await service.sessions.park_silent(time.time() + 10_000)
+            await service.sessions.heartbeat(client.session.session_id, OWNER)
+            assert (await service.sessions.get(client.session.session_id, OWNER)).state == "active"
 
     run(story)
 
@@ -69,7 +69,7 @@ def test_snapshots_bound_the_replay_and_old_ones_go(serving, run, tmp_path):
         async with serving(snapshot_operations=3) as service:
             client = await Client.create(service)
             losses = await client.steps(5)
-            engine = await service._models.get(NANO).engine()
+            engine = await service.models.get(NANO).engine.running()
             os.kill(engine.pid, signal.SIGKILL)
             losses += await client.steps(3)
         assert losses == expected
@@ -83,13 +83,15 @@ def test_an_operation_that_kills_the_engine_each_time_is_given_up(serving, run):
     async def story():
         async with serving() as service:
             client, bystander = await Client.create(service), await Client.create(service)
-            long = tuple(datum(*(i % 500 for i in range(3000))) for _ in range(20))  # seconds of work: time to kill the engine in
+            long = tuple(
+                datum(*(i % 500 for i in range(3000))) for _ in range(20)
+            )  # seconds of work: time to kill the engine in
             entry = await client.send(
                 "forward_backward", ForwardBackward(client.model.model_id, long, "cross_entropy", forward_only=False)
             )
             for _ in range(2):
-                engine = await service._models.get(NANO).engine()
-                await until(lambda: service._conductors[NANO]._runs[client.model.model_id].resident(engine))
+                engine = await service.models.get(NANO).engine.running()
+                await until(lambda: service.models.get(NANO).conductor._runs[client.model.model_id].resident(engine))
                 await until(lambda: engine._waiting)
                 os.kill(engine.pid, signal.SIGKILL)
                 await engine.died.wait()

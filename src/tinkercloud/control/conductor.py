@@ -12,7 +12,7 @@ from tinkercloud.codec import encode
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals, within
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
-from tinkercloud.control.engines import ServedModel
+from tinkercloud.control.engines import KeptEngine
 from tinkercloud.control.folders import checkpoint_path
 from tinkercloud.control.outcomes import SaveDetails, conclude, details_of
 from tinkercloud.control.training_run import ReplayError, TrainingRun
@@ -39,8 +39,8 @@ class Conductor:
     park, a stop) asks it, and is served between two cycles.
     """
 
-    def __init__(self, served: ServedModel, ledger: Ledger, arrivals: Arrivals, settings: Settings):
-        self._served = served
+    def __init__(self, engine: KeptEngine, ledger: Ledger, arrivals: Arrivals, settings: Settings):
+        self._engine = engine
         self._ledger = ledger
         self._arrivals = arrivals
         self._settings = settings
@@ -50,7 +50,7 @@ class Conductor:
         self._between_cycles = asyncio.Lock()
         self._served_tokens: dict[str, float] = {}
         self._deaths: Counter[str] = Counter()
-        self._task = asyncio.create_task(self._conduct(), name=f"conductor {served.name}")
+        self._task = asyncio.create_task(self._conduct(), name=f"conductor {engine.name}")
 
     # ------------------------------------------------------------ what the service calls
 
@@ -69,9 +69,9 @@ class Conductor:
     async def park(self, model_ids: list[str]) -> None:
         """Put runs on disk, after the running cycle; operations that wait bring them back at once."""
         async with self._between_cycles:
-            if self._served.state != "ready":
+            if self._engine.state != "ready":
                 return  # nothing is resident, and what is on disk is enough to rebuild it
-            engine = await self._served.engine()
+            engine = await self._engine.running()
             for model_id in model_ids:
                 if (run := self._runs.get(model_id)) is not None:
                     try:
@@ -126,7 +126,7 @@ class Conductor:
 
     async def _run_cycle(self, runs: list[TrainingRun]) -> None:
         try:
-            engine = await self._served.engine()
+            engine = await self._engine.running()
         except Unavailable as error:
             await asyncio.gather(*(self._end(run, Failure(str(error), "server")) for run in runs))
             return

@@ -1,16 +1,16 @@
-"""The base models that the server serves, each with an engine process that is kept alive."""
+"""An engine process that is kept alive for as long as its base model is served."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle, EngineLoadError
 from tinkercloud.engine.types import BaseModelInfo, EngineOptions
-from tinkercloud.errors import NotFound, Unavailable
+from tinkercloud.errors import Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ OnProgress = Callable[[str, float, str], None]
 """Called with (base model, fraction loaded, what is being done)."""
 
 
-class ServedModel:
+class KeptEngine:
     """One base model: how to load it, what is known of it, and the engine process that has it now."""
 
     def __init__(
@@ -53,7 +53,7 @@ class ServedModel:
         if self._supervisor is None or self._supervisor.done():
             self._supervisor = asyncio.create_task(self._supervise(), name=f"engine {self.name}")
 
-    async def engine(self) -> EngineHandle:
+    async def running(self) -> EngineHandle:
         """The running engine; waits while it loads or restarts, starts a lazy one. Unavailable if it cannot load."""
         self.last_used = time.monotonic()
         if self._handle is None and self.state in ("idle", "stopped"):
@@ -77,12 +77,12 @@ class ServedModel:
     async def loaded(self) -> BaseModelInfo:
         """What is known of the model, loading it if that is not yet known."""
         if self.info is None:
-            await self.engine()
+            await self.running()
         assert self.info is not None
         return self.info
 
     async def stop(self) -> None:
-        """Let the running cycle end and end the process; the next `engine()` starts it again."""
+        """Let the running cycle end and end the process; the next `running()` starts it again."""
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
@@ -127,48 +127,3 @@ class ServedModel:
         async with self._changed:
             self.state = state
             self._changed.notify_all()
-
-
-class ServedModels:
-    """All base models of a server, by the names that clients use."""
-
-    def __init__(self, data_dir: Path, on_progress: OnProgress):
-        self._models: dict[str, ServedModel] = {}
-        self._data_dir = data_dir
-        self._on_progress = on_progress
-        self._was_ready = False
-
-    def add(self, options: EngineOptions, lazy: bool, idle_seconds: float) -> ServedModel:
-        """Serve one more base model; a lazy one loads when it is first used."""
-        model = self._models[options.name] = ServedModel(options, self._data_dir, lazy, idle_seconds, self._on_progress)
-        if not lazy:
-            model.start()
-        return model
-
-    async def remove(self, name: str) -> None:
-        """Stop serving a base model. NotFound."""
-        model = self.get(name)
-        del self._models[name]
-        await model.stop()
-
-    def get(self, name: str) -> ServedModel:
-        """NotFound names the models that are served."""
-        if name not in self._models:
-            served = ", ".join(sorted(self._models)) or "none"
-            raise NotFound(f"base model {name!r} is not served here; served are: {served}")
-        return self._models[name]
-
-    def __iter__(self) -> Iterator[ServedModel]:
-        return iter(list(self._models.values()))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._models
-
-    def ready(self) -> bool:
-        """True from the first moment at which every preloaded model was ready (a restart does not take it back)."""
-        if not self._was_ready:
-            self._was_ready = all(model.lazy or model.state == "ready" for model in self)
-        return self._was_ready
-
-    async def stop(self) -> None:
-        await asyncio.gather(*(model.stop() for model in self))

@@ -1,4 +1,4 @@
-"""What the server does by itself from time to time: parking, unloading, dropping what is past its retention."""
+"""What the server does by itself from time to time."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ async def keep_house(service: Service) -> None:
     """Look after the server until cancelled. A round that fails is logged; the next one tries again."""
     while True:
         await asyncio.sleep(ROUND_SECONDS)
-        for duty in (service.park_silent_sessions, service.unload_idle_models, service.drop_expired):
-            try:
-                await duty(time.time())
-            except Exception:
-                log.exception("housekeeping: %s failed", duty.__name__)
+        try:
+            await service.tidy(time.time())
+        except Exception:
+            log.exception("a round of housekeeping failed")

@@ -6,14 +6,12 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 
-from msgspec import structs
-
-from tinkercloud.codec import decode, encode
+from tinkercloud.codec import encode
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
-from tinkercloud.control.engines import ServedModel
-from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, OpenSampler, Result, Sample
+from tinkercloud.control.engines import KeptEngine
+from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, OpenSampler, Result
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import Entry, SamplerRecord
@@ -31,8 +29,8 @@ class SamplerDesk:
     closed (its weights stay on disk and are opened again when needed).
     """
 
-    def __init__(self, served: ServedModel, ledger: Ledger, arrivals: Arrivals, settings: Settings):
-        self._served = served
+    def __init__(self, engine: KeptEngine, ledger: Ledger, arrivals: Arrivals, settings: Settings):
+        self._engine = engine
         self._ledger = ledger
         self._arrivals = arrivals
         self._limit = settings.open_samplers
@@ -76,8 +74,7 @@ class SamplerDesk:
         await asyncio.gather(*list(self._tasks.values()), return_exceptions=True)
 
     async def _run(self, entry: Entry, sampler: SamplerRecord) -> None:
-        operation = decode(await self._ledger.payload(entry.request_id), Sample)
-        payload = encode(structs.replace(operation, request_id=entry.request_id))  # the ledger chose it on acceptance
+        payload = await self._ledger.payload(entry.request_id)
         self._running[sampler.sampler_id] += 1
         try:
             result = await self._sample(payload, sampler)
@@ -89,7 +86,7 @@ class SamplerDesk:
     async def _sample(self, payload: bytes, sampler: SamplerRecord) -> Result:
         for _ in range(MAX_DEATHS):
             try:
-                engine = await self._served.engine()
+                engine = await self._engine.running()
                 opened = await self._open(engine, sampler)
                 return opened if isinstance(opened, Failure) else await engine.ask(payload)
             except Unavailable as error:

@@ -1,0 +1,145 @@
+"""The base models of a server: for each, its engine, the conductor of its training runs and the desk of its samples."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tinkercloud.config import ModelSettings, Settings
+from tinkercloud.control.arrivals import Arrivals
+from tinkercloud.control.conductor import Conductor
+from tinkercloud.control.engines import KeptEngine, OnProgress
+from tinkercloud.control.sampler_desk import SamplerDesk
+from tinkercloud.engine.types import BaseModelInfo
+from tinkercloud.errors import InvalidRequest, NotFound
+from tinkercloud.ledger.ledger import Ledger
+from tinkercloud.ledger.records import ModelRecord, SamplerRecord
+
+log = logging.getLogger(__name__)
+
+
+class Served(NamedTuple):
+    """One base model and what runs on it."""
+
+    settings: ModelSettings
+    engine: KeptEngine
+    conductor: Conductor
+    desk: SamplerDesk
+
+
+class BaseModels:
+    """All base models of a server, by the names that clients use."""
+
+    def __init__(self, settings: Settings, ledger: Ledger, arrivals: Arrivals, on_progress: OnProgress):
+        self._settings = settings
+        self._ledger = ledger
+        self._arrivals = arrivals
+        self._on_progress = on_progress
+        self._served: dict[str, Served] = {}
+        self._was_ready = False
+
+    # ------------------------------------------------------------ what is served
+
+    def get(self, name: str) -> Served:
+        """NotFound names the models that are served."""
+        if name not in self._served:
+            served = ", ".join(sorted(self._served)) or "none"
+            raise NotFound(f"base model {name!r} is not served here; served are: {served}")
+        return self._served[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._served
+
+    def __iter__(self) -> Iterator[Served]:
+        return iter(list(self._served.values()))
+
+    def states(self) -> dict[str, str]:
+        """State of each base model: loading, ready, restarting, idle (lazy and not loaded), failed: why."""
+        return {name: served.engine.state for name, served in self._served.items()}
+
+    def known(self) -> list[tuple[str, BaseModelInfo | None]]:
+        """(name, what is known of it) of each base model; None for a lazy one that was never loaded."""
+        return [(name, served.engine.info) for name, served in self._served.items()]
+
+    async def info(self, name: str) -> BaseModelInfo:
+        """What is known of a base model, loading a lazy one first. NotFound, Unavailable."""
+        return await self.get(name).engine.loaded()
+
+    # ------------------------------------------------------------ readiness
+
+    def ready(self) -> bool:
+        """True from the first moment at which every preloaded model was ready (a restart does not take it back)."""
+        if not self._was_ready:
+            self._was_ready = all(served.engine.lazy or served.engine.state == "ready" for served in self)
+        return self._was_ready
+
+    async def settled(self) -> None:
+        """Wait until every preloaded base model is ready or has failed for good."""
+        await asyncio.gather(*(served.engine.settled() for served in self if not served.engine.lazy))
+
+    def failures(self) -> list[str]:
+        """A sentence for each base model that cannot be loaded."""
+        return [f"{name}: {state}" for name, state in self.states().items() if state.startswith("failed")]
+
+    # ------------------------------------------------------------ coming and going
+
+    async def serve(self, model: ModelSettings) -> None:
+        """Serve one more base model, and take up its training runs and samples where the ledger says that they are; a
+        lazy one loads when it is first used. InvalidRequest if the name is taken."""
+        if model.name in self._served:
+            raise InvalidRequest(f"a base model called {model.name} is served already; choose another name")
+        engine = KeptEngine(
+            self._settings.engine_options(model),
+            self._settings.data_dir,
+            lazy=model.lazy,
+            idle_seconds=self._settings.for_model(model, "idle_seconds"),
+            on_progress=self._on_progress,
+        )
+        conductor = Conductor(engine, self._ledger, self._arrivals, self._settings)
+        desk = SamplerDesk(engine, self._ledger, self._arrivals, self._settings)
+        self._served[model.name] = Served(model, engine, conductor, desk)
+        if not model.lazy:
+            engine.start()
+        await self._resume(self._served[model.name])
+
+    async def withdraw(self, name: str) -> None:
+        """Stop serving a base model after its running cycle. Its training runs stay on disk and go on when a model of
+        this name is served again. NotFound."""
+        served = self.get(name)
+        del self._served[name]
+        await _end(served)
+
+    async def unload_idle(self) -> None:
+        """End the engines of lazy base models that nobody has used for a while."""
+        for served in self:
+            if served.engine.idle and not served.conductor.busy and not served.desk.pending:
+                log.info("base model %s is idle; unloaded", served.engine.name)
+                await served.conductor.park_all()
+                await served.engine.stop()
+
+    async def stop(self) -> None:
+        """Finish the running cycles, put every training run on disk, end the engines."""
+        await asyncio.gather(*(_end(served) for served in self))
+
+    async def _resume(self, served: Served) -> None:
+        name = served.engine.name
+        for model in await self._ledger.find(ModelRecord, base_model=name, state="live"):
+            await self.add_run(model)
+        for stream in await self._ledger.pending_streams():
+            sampler = await self._ledger.get(SamplerRecord, stream)
+            if sampler is not None and sampler.base_model == name:
+                for entry in await self._ledger.pending(stream):
+                    served.desk.start(entry, sampler)
+
+    async def add_run(self, model: ModelRecord) -> None:
+        """Let a training run's operations run, beginning with those that the ledger has already."""
+        order = await self._ledger.model_log(model.model_id, self._settings.gap_timeout_seconds)
+        self.get(model.base_model).conductor.add_run(model, order)
+
+
+async def _end(served: Served) -> None:
+    await served.desk.stop()
+    await served.conductor.stop()
+    await served.engine.stop()

@@ -1,0 +1,54 @@
+"""Futures: the outcomes of accepted operations, waited for and read from the ledger."""
+
+from __future__ import annotations
+
+import time
+
+from tinkercloud.codec import decode
+from tinkercloud.control.arrivals import Arrivals, within
+from tinkercloud.errors import Ended, NotFound
+from tinkercloud.ledger.ledger import Ledger
+from tinkercloud.ledger.records import Entry, ModelRecord, Outcome, SamplerRecord
+
+
+class Futures:
+    """See the methods."""
+
+    def __init__(self, ledger: Ledger, arrivals: Arrivals):
+        self._ledger = ledger
+        self._arrivals = arrivals
+
+    async def outcome(self, request_id: str, owner: str, timeout: float) -> tuple[Entry, Outcome | None]:
+        """Wait up to `timeout` seconds for a request to end; (entry, None) if it has not. NotFound, Ended."""
+        with self._arrivals.listen(request_id) as arrived:
+            entry = await self._owned_entry(request_id, owner)
+            if entry.state == "accepted":
+                await within(arrived, timeout)
+                entry = await self._owned_entry(request_id, owner)
+        if entry.state == "accepted":
+            return entry, None
+        stored = None if entry.expired else await self._ledger.outcome(request_id)
+        if stored is None:
+            raise Ended(f"the result of {request_id} was retrieved and is past its retention; send the request again")
+        await self._ledger.retrieved(request_id)
+        return entry, decode(stored, Outcome)
+
+    async def completions(self, sampler: SamplerRecord, client: int, after: int, timeout: float) -> list[Entry]:
+        """Ended samples of one client of a sampler, in order of completion, after a cursor; waits for the first one."""
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._arrivals.listen(sampler.sampler_id) as arrived:
+                ended = await self._ledger.completions(sampler.sampler_id, client, after)
+                if ended or time.monotonic() >= deadline or self._arrivals.closed:
+                    return ended
+                await within(arrived, deadline - time.monotonic())
+
+    async def _owned_entry(self, request_id: str, owner: str) -> Entry:
+        entry = await self._ledger.entry(request_id)
+        stream = None
+        if entry is not None:
+            kind = SamplerRecord if entry.kind == "sample" else ModelRecord
+            stream = await self._ledger.get(kind, entry.stream)
+        if entry is None or stream is None or stream.owner != owner:
+            raise NotFound(f"there is no request {request_id!r}")
+        return entry

@@ -1,0 +1,218 @@
+"""Training runs: each is one adapter with a log of operations, which these methods append to."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from msgspec.structs import replace
+
+from tinkercloud.codec import encode
+from tinkercloud.control.base_models import BaseModels
+from tinkercloud.control.folders import checkpoint_folder, sampler_folder
+from tinkercloud.control.outcomes import LoadDetails, SamplerDetails, SaveDetails, remember
+from tinkercloud.control.sessions import Sessions
+from tinkercloud.engine.types import (
+    CreateModel,
+    DropModel,
+    Failure,
+    ForwardBackward,
+    LoadWeights,
+    LoraConfig,
+    OptimStep,
+    SaveWeights,
+)
+from tinkercloud.errors import InvalidRequest, NotFound
+from tinkercloud.ledger.ledger import Ledger
+from tinkercloud.ledger.records import CheckpointRecord, Entry, ModelRecord, SessionRecord
+
+
+class TrainingRuns:
+    """The training runs of all clients. An operation is on disk before its entry is returned."""
+
+    def __init__(self, ledger: Ledger, models: BaseModels, sessions: Sessions):
+        self._ledger = ledger
+        self._models = models
+        self._sessions = sessions
+        self._creating = asyncio.Lock()
+
+    # ------------------------------------------------------------ making and finding
+
+    async def create(
+        self,
+        session: SessionRecord,
+        model_seq_id: int,
+        base_model: str,
+        lora: LoraConfig,
+        user_metadata: dict[str, Any],
+    ) -> Entry:
+        """seq_id 0 of a new log; entry.stream is the model's id. A repeat returns the first entry."""
+        model = self._new_model(session, model_seq_id, base_model, lora, user_metadata)
+        return await self._begin(session, model, "create_model", CreateModel(model.model_id, lora), {})
+
+    async def create_from(
+        self,
+        session: SessionRecord,
+        model_seq_id: int,
+        checkpoint: CheckpointRecord,
+        with_optimizer: bool,
+        user_metadata: dict[str, Any],
+    ) -> Entry:
+        """Create-via-load: seq_id 0 of a new log loads a checkpoint."""
+        model = self._new_model(session, model_seq_id, checkpoint.base_model, checkpoint.lora, user_metadata)
+        load = LoadWeights(model.model_id, checkpoint.folder, with_optimizer=with_optimizer)
+        return await self._begin(session, model, "load_weights", load, remember(LoadDetails(checkpoint.path)))
+
+    async def find(self, model_id: str, owner: str) -> ModelRecord:
+        """A model's record, also after it was unloaded. NotFound if there is none."""
+        model = await self._ledger.get(ModelRecord, model_id)
+        if model is None or model.owner != owner:
+            raise NotFound(f"there is no training run {model_id!r}; create one with create_lora_training_client")
+        return model
+
+    async def live(self, model_id: str, owner: str) -> ModelRecord:
+        """NotFound if there is none (or it was unloaded)."""
+        model = await self.find(model_id, owner)
+        if model.state == "unloaded":
+            raise NotFound(f"training run {model_id} was unloaded; create a new one from its last checkpoint")
+        return model
+
+    async def list(self, owner: str, limit: int, offset: int) -> tuple[list[ModelRecord], int]:
+        """(a page of training runs, newest first; how many there are)."""
+        models = await self._ledger.find(ModelRecord, owner=owner, limit=limit, offset=offset)
+        return models, await self._ledger.count(ModelRecord, owner=owner)
+
+    # ------------------------------------------------------------ operations
+
+    async def submit(
+        self, model: ModelRecord, seq_id: int | None, kind: str, operation: ForwardBackward | OptimStep
+    ) -> Entry:
+        """Append a forward, forward_backward or optim_step to the model's log. `seq_id` None (hand-written clients)
+        takes the next free one. An entry in state "refused" is the repeat of a refused one."""
+        tokens = operation.num_tokens if isinstance(operation, ForwardBackward) else 0
+        return await self._append(model, seq_id, kind, operation, num_tokens=tokens)
+
+    async def refuse(self, model: ModelRecord, seq_id: int | None, kind: str, error: str) -> Entry | None:
+        """Record a refusal at its seq_id, so that what comes after it runs. None without a seq_id."""
+        if seq_id is None:
+            return None
+        entry = await self._ledger.append(model.model_id, seq_id, kind, b"", refusal=Failure(error, "user"))
+        self._accept(model, entry)
+        return entry
+
+    async def save_weights(
+        self,
+        model: ModelRecord,
+        seq_id: int | None,
+        name: str | None,
+        *,
+        for_sampler: bool,
+        ttl_seconds: int | None,
+        overwrite: bool,
+        user_metadata: dict[str, str] | None,
+    ) -> Entry:
+        """Append the saving of a named checkpoint (weights/NAME, or sampler_weights/NAME); without a name, one is made
+        of the seq_id. A name that is taken fails the future (category user) unless `overwrite`."""
+        if seq_id is None:
+            seq_id = await self._ledger.highest_seq(model.model_id) + 1
+        details = SaveDetails(
+            name=name or f"{seq_id:06d}",
+            kind="sampler" if for_sampler else "training",
+            overwrite=overwrite,
+            ttl_seconds=ttl_seconds,
+            user_metadata=user_metadata,
+        )
+        folder = checkpoint_folder(model.model_id, details.kind, details.name)
+        # Whether the name is free is the ledger's to say; a folder without a record is what a crash left behind.
+        save = SaveWeights(model.model_id, folder, with_optimizer=not for_sampler, replace=True)
+        kind = "save_weights_for_sampler" if for_sampler else "save_weights"
+        return await self._append(model, seq_id, kind, save, details=remember(details))
+
+    async def save_ephemeral_sampler(
+        self, model: ModelRecord, seq_id: int | None, sampling_session_seq_id: int
+    ) -> Entry:
+        """Append the making of a sampler from the model's weights at this point of its log."""
+        sampler_id = f"{model.session_id}:sample:{sampling_session_seq_id}"
+        save = SaveWeights(model.model_id, sampler_folder(sampler_id), replace=True)
+        details = remember(SamplerDetails(sampler_id))
+        return await self._append(model, seq_id, "save_weights_for_sampler", save, details=details)
+
+    async def load_weights(
+        self, model: ModelRecord, seq_id: int | None, checkpoint: CheckpointRecord, with_optimizer: bool
+    ) -> Entry:
+        """Append the loading of a checkpoint. InvalidRequest if it is of another base model or shape."""
+        if checkpoint.base_model != model.base_model:
+            raise InvalidRequest(
+                f"{checkpoint.path} was trained on {checkpoint.base_model}, this training run on {model.base_model}; "
+                "create a training client from the checkpoint instead"
+            )
+        if replace(checkpoint.lora, seed=0) != replace(model.lora, seed=0):
+            raise InvalidRequest(
+                f"{checkpoint.path} holds {checkpoint.lora}, this training run is {model.lora}; "
+                "create a training client from the checkpoint instead"
+            )
+        load = LoadWeights(model.model_id, checkpoint.folder, with_optimizer=with_optimizer)
+        return await self._append(model, seq_id, "load_weights", load, details=remember(LoadDetails(checkpoint.path)))
+
+    async def unload(self, model: ModelRecord) -> Entry:
+        """Free the model after everything before it in its log has run."""
+        return await self._append(model, None, "unload_model", DropModel(model.model_id))
+
+    # ------------------------------------------------------------ inside
+
+    def _new_model(
+        self,
+        session: SessionRecord,
+        model_seq_id: int,
+        base_model: str,
+        lora: LoraConfig,
+        user_metadata: dict[str, Any],
+    ) -> ModelRecord:
+        now = time.time()
+        return ModelRecord(
+            model_id=f"{session.session_id}:train:{model_seq_id}",
+            session_id=session.session_id,
+            model_seq_id=model_seq_id,
+            owner=session.owner,
+            base_model=base_model,
+            lora=lora,
+            created_at=now,
+            last_request_at=now,
+            state="live",
+            applied_seq=-1,
+            user_metadata=user_metadata,
+        )
+
+    async def _begin(
+        self, session: SessionRecord, model: ModelRecord, kind: str, operation: Any, details: dict[str, Any]
+    ) -> Entry:
+        self._models.get(model.base_model)
+        await self._sessions.touch(session)
+        async with self._creating:  # a repeat that overtakes the first must not open a second log
+            await self._ledger.insert(model)
+            entry = await self._ledger.append(model.model_id, 0, kind, encode(operation), details=details)
+            if not entry.repeated:
+                await self._models.add_run(model)
+        return entry
+
+    async def _append(
+        self,
+        model: ModelRecord,
+        seq_id: int | None,
+        kind: str,
+        operation: Any,
+        *,
+        num_tokens: int = 0,
+        details: dict[str, Any] | None = None,
+    ) -> Entry:
+        await self._sessions.heartbeat(model.session_id, model.owner)
+        entry = await self._ledger.append(
+            model.model_id, seq_id, kind, encode(operation), num_tokens=num_tokens, details=details or {}
+        )
+        self._accept(model, entry)
+        return entry
+
+    def _accept(self, model: ModelRecord, entry: Entry) -> None:
+        if not entry.repeated:
+            self._models.get(model.base_model).conductor.accept(entry)

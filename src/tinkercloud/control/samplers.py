@@ -1,0 +1,109 @@
+"""Samplers: immutable weights, and the samples that are drawn from them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+from msgspec.structs import replace
+
+from tinkercloud.codec import encode
+from tinkercloud.control.base_models import BaseModels
+from tinkercloud.control.checkpoints import Checkpoints
+from tinkercloud.control.sessions import Sessions
+from tinkercloud.engine.types import Sample
+from tinkercloud.errors import InvalidRequest, NotFound, Overloaded
+from tinkercloud.ledger.entries import request_id
+from tinkercloud.ledger.ledger import Ledger
+from tinkercloud.ledger.records import Entry, SamplerRecord, SessionRecord
+
+
+class Samplers:
+    """The samplers of all clients. A sample is on disk, its seed with it, before its entry is returned."""
+
+    def __init__(
+        self, ledger: Ledger, models: BaseModels, sessions: Sessions, checkpoints: Checkpoints, max_pending: int
+    ):
+        """`max_pending`: samples that may wait for one base model."""
+        self._ledger = ledger
+        self._models = models
+        self._sessions = sessions
+        self._checkpoints = checkpoints
+        self._max_pending = max_pending
+
+    async def create(
+        self, session: SessionRecord, seq_id: int, base_model: str | None, path: str | None
+    ) -> SamplerRecord:
+        """A sampler of a checkpoint (training or sampler), or of a base model. NotFound, InvalidRequest."""
+        folder = ""
+        if path is not None:
+            checkpoint = await self._checkpoints.get(path, session.owner)
+            if base_model is not None and base_model != checkpoint.base_model:
+                raise InvalidRequest(f"{path} was trained on {checkpoint.base_model}, not on {base_model}")
+            base_model, folder = checkpoint.base_model, checkpoint.folder
+        if base_model is None:
+            raise InvalidRequest("base_model or model_path is required: there is nothing to sample from")
+        await self._models.info(base_model)
+        await self._sessions.touch(session)
+        return await self._ledger.insert(
+            SamplerRecord(
+                sampler_id=f"{session.session_id}:sample:{seq_id}",
+                session_id=session.session_id,
+                owner=session.owner,
+                base_model=base_model,
+                model_path=path,
+                folder=folder,
+                created_at=time.time(),
+            )
+        )
+
+    async def unbound(self, owner: str, base_model: str | None, path: str | None) -> SamplerRecord:
+        """The sampler of requests that name weights instead of a sampling session: one for the same weights, in one
+        session of the owner's that is made for all of these."""
+        now = time.time()
+        session = await self._ledger.insert(
+            SessionRecord(
+                session_id=f"unbound-{owner}", owner=owner, created_at=now, last_heartbeat=now, state="active"
+            )
+        )
+        weights = hashlib.sha256(f"{base_model} {path}".encode()).digest()
+        return await self.create(session, int.from_bytes(weights[:4]), base_model, path)
+
+    async def get(self, sampler_id: str, owner: str) -> SamplerRecord:
+        """NotFound."""
+        sampler = await self._ledger.get(SamplerRecord, sampler_id)
+        if sampler is None or sampler.owner != owner:
+            raise NotFound(f"there is no sampler {sampler_id!r}; create one with create_sampling_client")
+        return sampler
+
+    async def join(self, sampler: SamplerRecord) -> int:
+        """A client number, unique in this sampling session; the creator is 0."""
+        number = await self._ledger.join_sampler(sampler.sampler_id)
+        assert number is not None, "samplers are never removed"
+        return number
+
+    async def sample(self, sampler: SamplerRecord, seq_id: int | None, operation: Sample) -> Entry:
+        """Accept a sample; `seq_id` None takes the next free one. Overloaded if too many wait."""
+        desk = self._models.get(sampler.base_model).desk
+        if desk.pending >= self._max_pending:
+            raise Overloaded(f"{desk.pending} samples wait for {sampler.base_model} already; send this one again later")
+        await self._sessions.heartbeat(sampler.session_id, sampler.owner)
+        if seq_id is None:
+            seq_id = await self._ledger.highest_seq(sampler.sampler_id) + 1
+        operation = replace(operation, request_id=request_id(sampler.sampler_id, seq_id))
+        entry = await self._ledger.append(
+            sampler.sampler_id, seq_id, "sample", encode(operation), num_tokens=operation.num_tokens
+        )
+        if not entry.repeated:
+            desk.start(entry, sampler)
+        return entry
+
+    async def cancel(self, sample_id: str, owner: str) -> None:
+        """Stop a sample. No error if it is unknown or done; InvalidRequest if it is not a sample."""
+        entry = await self._ledger.entry(sample_id)
+        if entry is None:
+            return
+        if entry.kind != "sample":
+            raise InvalidRequest(f"{sample_id} is a {entry.kind}; only samples can be cancelled")
+        sampler = await self.get(entry.stream, owner)
+        await self._models.get(sampler.base_model).desk.cancel(sample_id)

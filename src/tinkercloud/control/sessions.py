@@ -1,0 +1,115 @@
+"""Sessions: whose they are, whether their client is alive, and what happens when it is not."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from typing import Any
+
+from tinkercloud.control.base_models import BaseModels
+from tinkercloud.errors import Ended, NotFound
+from tinkercloud.ledger.ledger import Ledger
+from tinkercloud.ledger.records import ModelRecord, SamplerRecord, SessionRecord
+
+log = logging.getLogger(__name__)
+
+
+class Sessions:
+    """The sessions of all clients. A session without heartbeats is parked: its state goes to disk, and comes back with
+    its next request."""
+
+    def __init__(self, ledger: Ledger, models: BaseModels, timeout: float):
+        """`timeout`: seconds without a sign of life after which a session is parked."""
+        self._ledger = ledger
+        self._models = models
+        self._timeout = timeout
+
+    async def create(
+        self,
+        *,
+        owner: str,
+        tags: list[str],
+        user_metadata: dict[str, Any],
+        sdk_version: str,
+        project_id: str | None,
+        display_name: str | None,
+    ) -> SessionRecord:
+        now = time.time()
+        return await self._ledger.insert(
+            SessionRecord(
+                session_id=str(uuid.uuid4()),
+                owner=owner,
+                created_at=now,
+                last_heartbeat=now,
+                state="active",
+                sdk_version=sdk_version,
+                tags=tuple(tags),
+                user_metadata=user_metadata,
+                display_name=display_name,
+                project_id=project_id,
+            )
+        )
+
+    async def get(self, session_id: str, owner: str) -> SessionRecord:
+        """NotFound if there is none; a finished one is returned too."""
+        session = await self._ledger.get(SessionRecord, session_id)
+        if session is None or session.owner != owner:
+            raise NotFound(
+                f"Session not found: {session_id}. It was made on another server or data directory, or dropped after "
+                "its retention time; create a new ServiceClient, and load your last checkpoint"
+            )
+        return session
+
+    async def active(self, session_id: str, owner: str) -> SessionRecord:
+        """A session that can still be used. NotFound, Ended."""
+        session = await self.get(session_id, owner)
+        if session.state == "finished":
+            raise Ended(f"Session {session_id} has finished ({session.finish_reason}); create a new ServiceClient")
+        return session
+
+    async def heartbeat(self, session_id: str, owner: str) -> None:
+        """Keeps the session; brings a parked one back. Ended if it has finished."""
+        session = await self.active(session_id, owner)
+        await self.touch(session)
+
+    async def touch(self, session: SessionRecord) -> None:
+        """A sign of life; a parked session's state comes back with its next operation."""
+        if session.state == "parked":
+            await self._ledger.change(SessionRecord, session.session_id, state="active")
+        self._ledger.heartbeat(session.session_id)
+
+    async def finish(self, session_id: str, owner: str, reason: str) -> None:
+        """The first reason wins; a repeat changes nothing."""
+        session = await self.get(session_id, owner)
+        if session.state != "finished":
+            await self._ledger.change(SessionRecord, session_id, state="finished", finish_reason=reason)
+            await self._free(session_id)
+
+    async def list(self, owner: str, limit: int, offset: int) -> list[SessionRecord]:
+        """A page of the owner's sessions, newest first."""
+        return await self._ledger.find(SessionRecord, owner=owner, limit=limit, offset=offset)
+
+    async def members(self, session_id: str) -> tuple[list[str], list[str]]:
+        """(model ids, sampler ids) of a session."""
+        models = await self._ledger.find(ModelRecord, session_id=session_id)
+        samplers = await self._ledger.find(SamplerRecord, session_id=session_id)
+        return [m.model_id for m in models], [s.sampler_id for s in samplers]
+
+    async def park_silent(self, now: float) -> None:
+        """Put the state of sessions without a sign of life on disk and free their engines' memory."""
+        for session in await self._ledger.find(SessionRecord, state="active"):
+            if session.last_heartbeat > now - self._timeout:
+                continue
+            log.info("session %s is silent; parked", session.session_id)
+            await self._ledger.change(SessionRecord, session.session_id, state="parked")
+            await self._free(session.session_id)
+
+    async def _free(self, session_id: str) -> None:
+        """Put a session's runs on disk and close its samplers in the engines."""
+        models = await self._ledger.find(ModelRecord, session_id=session_id)
+        for served in self._models:
+            await served.conductor.park([model.model_id for model in models])
+        for sampler in await self._ledger.find(SamplerRecord, session_id=session_id):
+            if sampler.base_model in self._models:
+                await self._models.get(sampler.base_model).desk.close(sampler.sampler_id)
