@@ -25,7 +25,7 @@ from tinkercloud.nano import FOLDER
 SEED = 0
 VOCABULARY = 2048  # tokens, special ones included
 TOKENIZER_DOCUMENTS = 20_000
-STEPS = 1500
+STEPS = 1300
 ROWS, COLUMNS = 8, 256  # tokens of a batch
 PEAK_LEARNING_RATE = 3e-3
 WARMUP = 50  # steps
