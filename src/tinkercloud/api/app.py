@@ -10,6 +10,7 @@ from pydantic.json_schema import models_json_schema
 
 import tinkercloud
 from tinkercloud.api import (
+    admin,
     checkpoints,
     client_config,
     errors,
@@ -28,7 +29,7 @@ from tinkercloud.config import Settings
 from tinkercloud.control.service import Service
 
 PREFIX = "/api/v1"
-RESOURCES = (client_config, health, sessions, training, weights, sampling, futures, runs, checkpoints)
+RESOURCES = (client_config, health, sessions, training, weights, sampling, futures, runs, checkpoints, admin)
 
 
 def create_app(service: Service, settings: Settings) -> FastAPI:

@@ -81,7 +81,7 @@ class BaseModels:
 
     def failures(self) -> list[str]:
         """A sentence for each base model that cannot be loaded."""
-        return [f"{name}: {state}" for name, state in self.states().items() if state.startswith("failed")]
+        return [f"{served.engine.name}: {served.engine.failure}" for served in self if served.engine.failure]
 
     # ------------------------------------------------------------ coming and going
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
+import uuid
 from pathlib import Path
 
-from tinkercloud.control.folders import parse_checkpoint_path
-from tinkercloud.errors import NotFound
+from tinkercloud.codec import encode
+from tinkercloud.control.base_models import BaseModels
+from tinkercloud.control.disk import remove_unused
+from tinkercloud.control.folders import checkpoint_folder, checkpoint_path, parse_checkpoint_path
+from tinkercloud.engine.peft_layout import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_base_model
+from tinkercloud.engine.types import CloseSampler, Failure, LoraConfig, OpenSampler, OperationError
+from tinkercloud.errors import InvalidRequest, NotFound
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import CheckpointRecord
 
@@ -16,8 +22,9 @@ from tinkercloud.ledger.records import CheckpointRecord
 class Checkpoints:
     """The named checkpoints of all clients, in the data directory."""
 
-    def __init__(self, ledger: Ledger, data_dir: Path):
+    def __init__(self, ledger: Ledger, models: BaseModels, data_dir: Path):
         self._ledger = ledger
+        self._models = models
         self._data_dir = data_dir
 
     async def get(self, path: str, owner: str) -> CheckpointRecord:
@@ -35,9 +42,66 @@ class Checkpoints:
             return await self._ledger.find(CheckpointRecord, owner=owner, model_id=model_id)
         return await self._ledger.find(CheckpointRecord, owner=owner)
 
+    async def import_folder(self, folder: Path, name: str, base_model: str | None, owner: str) -> CheckpointRecord:
+        """Copy an adapter in PEFT's layout into the data directory, after an engine has been able to load it.
+
+        `base_model` is the served name of the model that it belongs to; without it, the one that the adapter names.
+        InvalidRequest says what is wrong with the folder, NotFound names the base models that are served.
+        """
+        try:
+            lora = read_adapter_config(folder)
+            base_model = base_model or read_base_model(folder)
+        except OperationError as error:
+            raise InvalidRequest(f"{folder} cannot be imported: {error}") from None
+        info = await self._models.info(base_model)
+        if lora.rank > info.max_rank:
+            raise InvalidRequest(
+                f"the adapter has rank {lora.rank}, above max_rank {info.max_rank} of {base_model}; "
+                "serve the model with a larger max_rank"
+            )
+        model_id = f"import-{uuid.uuid4()}"
+        target = checkpoint_folder(model_id, "training", name, 0)
+        await asyncio.to_thread(_copy_adapter, folder, self._data_dir / target)
+        try:
+            await self._check_loads(base_model, target)
+        except InvalidRequest:
+            await asyncio.to_thread(shutil.rmtree, self._data_dir / target)
+            raise
+        return await self._ledger.insert(self._imported(model_id, name, owner, base_model, lora, target))
+
+    def _imported(
+        self, model_id: str, name: str, owner: str, base_model: str, lora: LoraConfig, folder: str
+    ) -> CheckpointRecord:
+        return CheckpointRecord(
+            path=checkpoint_path(model_id, "training", name),
+            model_id=model_id,
+            kind="training",
+            name=name,
+            owner=owner,
+            base_model=base_model,
+            lora=lora,
+            folder=folder,
+            size_bytes=sum(file.stat().st_size for file in (self._data_dir / folder).iterdir()),
+            created_at=time.time(),
+        )
+
+    async def _check_loads(self, base_model: str, folder: str) -> None:
+        """Let the engine open the adapter as a sampler and close it again. InvalidRequest is what it says."""
+        engine = await self._models.get(base_model).engine.running()
+        result = await engine.ask(encode(OpenSampler(folder, folder)))
+        if isinstance(result, Failure):
+            raise InvalidRequest(f"the adapter does not fit {base_model}: {result.error}")
+        await engine.ask(encode(CloseSampler(folder)))
+
     async def drop_expired(self, now: float) -> None:
         """Remove the checkpoints whose time is over, records first."""
         for checkpoint in await self._ledger.find(CheckpointRecord):
             if checkpoint.expires_at is not None and checkpoint.expires_at <= now:
                 await self._ledger.remove(CheckpointRecord, checkpoint.path)
-                await asyncio.to_thread(shutil.rmtree, self._data_dir / checkpoint.folder, ignore_errors=True)
+                await remove_unused(self._ledger, self._data_dir, checkpoint.folder)
+
+
+def _copy_adapter(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        shutil.copyfile(source / file, target / file)

@@ -11,6 +11,7 @@ from pathlib import Path
 from tinkercloud.codec import encode
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals, within
+from tinkercloud.control.disk import remove_unused
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import KeptEngine
 from tinkercloud.control.folders import checkpoint_path
@@ -144,9 +145,11 @@ class Conductor:
         except EngineDied:
             self._deaths.update(run.turn.entry.request_id for run, _ in ready)
             raise
+        loaded = {run.model_id for run, _ in ready if run.turn.entry.kind == "load_weights"}
         await asyncio.gather(*(self._end(run, result) for (run, _), result in zip(ready, results, strict=True)))
         for run, _ in ready:
-            if run.unsaved_operations >= self._settings.snapshot_operations:
+            # A load is never replayed: the checkpoint that it names may be overwritten or expire.
+            if run.unsaved_operations >= self._settings.snapshot_operations or run.model_id in loaded:
                 await run.snapshot(engine)
 
     async def _prepare(self, run: TrainingRun, engine: EngineHandle) -> bytes | Failure:
@@ -185,11 +188,20 @@ class Conductor:
         failed = isinstance(outcome, Failure)
         # A step that fails in the engine has cleared what it was to apply, like one whose batch was incomplete.
         cleared = turn.clear_gradients or (failed and turn.failure is None and entry.kind == "optim_step")
+        replaced = await self._replaced_by(records)
         ended = await self._ledger.complete(
             entry.request_id, encode(outcome), failed=failed, cleared_gradients=cleared, also=records
         )
+        for folder in replaced:
+            await remove_unused(self._ledger, self._data_dir, folder)
         run.ended(ended)
         self._deaths.pop(entry.request_id, None)
         if ended.kind == "unload_model" and not failed:
             del self._runs[run.model_id]
         self._arrivals.announce(entry.request_id)
+
+    async def _replaced_by(self, records: list) -> list[str]:
+        """The folders of checkpoints whose records these ones will take the place of."""
+        new = [record for record in records if isinstance(record, CheckpointRecord)]
+        old = [await self._ledger.get(CheckpointRecord, record.path) for record in new]
+        return [was.folder for was, now in zip(old, new, strict=True) if was is not None and was.folder != now.folder]

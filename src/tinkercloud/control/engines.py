@@ -48,6 +48,11 @@ class KeptEngine:
     def name(self) -> str:
         return self.options.name
 
+    @property
+    def failure(self) -> str | None:
+        """Why the model can never be served as it is configured; None as long as it may."""
+        return self.state.removeprefix("failed: ") if self.state.startswith("failed: ") else None
+
     def start(self) -> None:
         """Begin to load the model, if it is not loaded or loading already."""
         if self._supervisor is None or self._supervisor.done():
@@ -59,9 +64,9 @@ class KeptEngine:
         if self._handle is None and self.state in ("idle", "stopped"):
             self.start()
         async with self._changed:
-            await self._changed.wait_for(lambda: self._handle is not None or self.state.startswith("failed"))
+            await self._changed.wait_for(lambda: self._handle is not None or self.failure is not None)
             if self._handle is None:
-                raise Unavailable(f"base model {self.name} cannot be served: {self.state}")
+                raise Unavailable(f"base model {self.name} cannot be served: {self.failure}")
             return self._handle
 
     @property
@@ -72,7 +77,7 @@ class KeptEngine:
     async def settled(self) -> None:
         """Wait until the model is ready or has failed for good."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self.state == "ready" or self.state.startswith("failed"))
+            await self._changed.wait_for(lambda: self.state == "ready" or self.failure is not None)
 
     async def loaded(self) -> BaseModelInfo:
         """What is known of the model, loading it if that is not yet known."""

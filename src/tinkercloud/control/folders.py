@@ -1,9 +1,11 @@
 """Where things lie in the data directory, and what a tinker:// path means. All folders are relative to that directory.
 
-checkpoints/<run>/weights/<name>          named training checkpoints
-checkpoints/<run>/sampler_weights/<name>  named sampler checkpoints
-samplers/<sampler>                        ephemeral samplers
-snapshots/<run>/<seq_id>                  whole states of training runs, for recovery
+checkpoints/<run>/weights/<name>/<seq_id>          named training checkpoints
+checkpoints/<run>/sampler_weights/<name>/<seq_id>  named sampler checkpoints
+samplers/<sampler>                                 ephemeral samplers
+snapshots/<run>/<seq_id>                           whole states of training runs, for recovery
+
+A save never touches the folder of an earlier one: what a name means changes with its record, in one transaction.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ def checkpoint_path(model_id: str, kind: CheckpointKind, name: str) -> str:
     return f"tinker://{model_id}/{_SEGMENTS[kind]}/{name}"
 
 
-def checkpoint_folder(model_id: str, kind: CheckpointKind, name: str) -> str:
-    return f"checkpoints/{_folder_name(model_id)}/{_SEGMENTS[kind]}/{name}"
+def checkpoint_folder(model_id: str, kind: CheckpointKind, name: str, seq_id: int) -> str:
+    return f"checkpoints/{_folder_name(model_id)}/{_SEGMENTS[kind]}/{name}/{seq_id}"
 
 
 def sampler_folder(sampler_id: str) -> str:

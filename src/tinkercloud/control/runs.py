@@ -123,8 +123,8 @@ class TrainingRuns:
             ttl_seconds=ttl_seconds,
             user_metadata=user_metadata,
         )
-        folder = checkpoint_folder(model.model_id, details.kind, details.name)
-        # Whether the name is free is the ledger's to say; a folder without a record is what a crash left behind.
+        folder = checkpoint_folder(model.model_id, details.kind, details.name, seq_id)
+        # A folder that is there already is what a crash left behind: this very operation was run and not recorded.
         save = SaveWeights(model.model_id, folder, with_optimizer=not for_sampler, replace=True)
         kind = "save_weights_for_sampler" if for_sampler else "save_weights"
         return await self._append(model, seq_id, kind, save, details=remember(details))

@@ -112,6 +112,14 @@ def read_adapter_config(folder: str | Path) -> LoraConfig:
     )
 
 
+def read_base_model(folder: str | Path) -> str:
+    """The base model that an adapter folder says it belongs to. OperationError if it names none."""
+    name = _read_json(Path(folder) / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise OperationError(f"{CONFIG_FILE} names no base model (base_model_name_or_path); say which one it is for")
+    return name
+
+
 def read_weights_header(folder: Path) -> tuple[dict[str, tuple[str, str]], dict[str, str], dict[str, str]]:
     """(module -> its two keys, parameter of the base model -> key of its copy, metadata) of a folder's weights."""
     path = folder / WEIGHTS_FILE

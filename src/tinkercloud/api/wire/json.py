@@ -296,6 +296,23 @@ class CancelFuture(Wire):
     request_id: str
 
 
+# ---------------------------------------------------------------- administration
+
+
+class AddModel(Wire):
+    """One base model as the configuration has it; any of its settings may be given too."""
+
+    name: str
+    source: str = ""
+    lazy: bool = False
+
+
+class ImportCheckpoint(Wire):
+    folder: str
+    name: str
+    base_model: str | None = None
+
+
 # ---------------------------------------------------------------- reading them
 
 W = TypeVar("W", bound=BaseModel)

@@ -1,0 +1,90 @@
+"""What the operator changes while the server runs: the command line's `models` and `checkpoints import`.
+
+Only for whoever may reach the server itself. Bodies must say that they are JSON and requests must name the server by an
+address: a web page in the operator's browser can do neither across origins without asking.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import ValidationError
+
+from tinkercloud.api.auth import Owner
+from tinkercloud.api.dependencies import ServiceOf, body_of
+from tinkercloud.api.validate import check_name
+from tinkercloud.api.wire import json as wire
+from tinkercloud.base_models import ModelError
+from tinkercloud.config import ModelSettings
+from tinkercloud.errors import Forbidden, InvalidRequest
+
+
+def _from_the_operator(request: Request) -> None:
+    host = (request.url.hostname or "").strip("[]")
+    try:
+        named_by_address = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        named_by_address = False
+    if not named_by_address:
+        raise Forbidden(f"administration is reached at a loopback address, not at {host!r}")
+    if request.method == "POST" and not request.headers.get("content-type", "").startswith("application/json"):
+        raise InvalidRequest("send the body as application/json")
+
+
+router = APIRouter(prefix="/admin", tags=["administration"], dependencies=[Depends(_from_the_operator)])
+
+
+@router.get("/models")
+async def list_models(service: ServiceOf) -> dict[str, Any]:
+    """The base models that are served, and the state of each."""
+    return {
+        "models": [
+            {
+                "name": served.settings.name,
+                "state": served.engine.state,
+                "source": served.settings.source,
+                "lazy": served.engine.lazy,
+            }
+            for served in service.models
+        ]
+    }
+
+
+@router.post("/models", openapi_extra=body_of(wire.AddModel))
+async def add_model(request: Request, service: ServiceOf) -> dict[str, Any]:
+    """Serve one more base model; answers when it is loaded (a lazy one at once)."""
+    given = await wire.read_json(request)
+    try:
+        model = ModelSettings.model_validate(given)
+    except ModelError as error:
+        raise InvalidRequest(str(error)) from None
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_url=False))
+        raise InvalidRequest("; ".join(problems)) from None
+    await service.models.serve(model)
+    engine = service.models.get(model.name).engine
+    if not model.lazy:
+        await engine.settled()
+        if engine.state != "ready":
+            await service.models.withdraw(model.name)
+            raise InvalidRequest(f"{model.name} cannot be served: {engine.failure}")
+    return {"name": model.name, "state": engine.state}
+
+
+@router.delete("/models/{name:path}")
+async def remove_model(name: str, service: ServiceOf) -> dict[str, Any]:
+    """Stop serving a base model after what is running on it; its training runs and checkpoints stay on disk."""
+    await service.models.withdraw(name)
+    return {"name": name}
+
+
+@router.post("/checkpoints/import", openapi_extra=body_of(wire.ImportCheckpoint))
+async def import_checkpoint(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+    """Take in an adapter in PEFT's layout from a folder of the server's machine, to sample from or to train on."""
+    given = await wire.read(request, wire.ImportCheckpoint)
+    check_name(given.name, None)
+    checkpoint = await service.checkpoints.import_folder(Path(given.folder), given.name, given.base_model, owner)
+    return {"path": checkpoint.path}
