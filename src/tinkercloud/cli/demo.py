@@ -41,9 +41,9 @@ def demo() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the server is stopped too
     with tempfile.TemporaryDirectory(prefix="tinkercloud-demo-") as folder:
         out.print(f"Starting a server on the embedded model {EMBEDDED} ...")
-        with running_server(Path(folder)) as url:
-            out.print(f"[green]✓[/] it listens at {url}\n", highlight=False)
-            first, last = _teach(url)
+        with running_server(Path(folder)) as server:
+            out.print(f"[green]✓[/] it listens at {server.url}\n", highlight=False)
+            first, last = _teach(server.url)
     out.print(
         f"\n[green]✓[/] loss per token {first:.3f} → {last:.3f}; server stopped; "
         f"{time.monotonic() - started:.0f} s in all",

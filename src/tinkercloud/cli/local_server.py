@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -17,14 +18,25 @@ from tinkercloud.cli.console import CommandError
 START_SECONDS = 120.0
 """How long the server may take to be ready; a machine that imports torch for the first time is slow."""
 STOP_SECONDS = 30.0
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 LOG_LINES = 15
 """Lines of the server's log that are shown if it does not start."""
 
 
+@dataclass(frozen=True)
+class LocalServer:
+    """A server that is ready."""
+
+    url: str
+    pid: int
+    """Of the control process; the engines are its children."""
+    start_seconds: float
+    """From the command to readiness."""
+
+
 @contextmanager
-def running_server(folder: Path, arguments: Sequence[str] = ()) -> Iterator[str]:
-    """`tinkercloud serve` with these arguments on a free loopback port, everything it keeps under `folder`; its URL.
+def running_server(folder: Path, arguments: Sequence[str] = ()) -> Iterator[LocalServer]:
+    """`tinkercloud serve` with these arguments on a free loopback port, everything it keeps under `folder`.
 
     Yields when every preloaded model is ready. Raises CommandError with the end of its log if that does not happen.
     """
@@ -33,6 +45,7 @@ def running_server(folder: Path, arguments: Sequence[str] = ()) -> Iterator[str]
         port = probe.getsockname()[1]
     url, log = f"http://127.0.0.1:{port}", folder / "server.log"
     command = [sys.executable, "-m", "tinkercloud", "serve", "--host", "127.0.0.1", "--port", str(port)]
+    started = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, "--data-dir", str(folder / "data"), *arguments],
@@ -43,7 +56,7 @@ def running_server(folder: Path, arguments: Sequence[str] = ()) -> Iterator[str]
         )
     try:
         _wait_until_ready(process, url, log)
-        yield url
+        yield LocalServer(url, process.pid, time.monotonic() - started)
     finally:
         process.terminate()
         try:

@@ -1,0 +1,90 @@
+"""This end of a competitor's process: asking it for work, and finding the settings with which it is fastest."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+TRIALS = 5
+"""Rounds of readings of all candidate settings, after one that does not count."""
+
+EXIT_SECONDS = 10
+
+
+WAITS = ("active", "passive")
+"""How OpenMP threads wait for work (OMP_WAIT_POLICY, "active" is the default). It is fixed when a process starts."""
+
+
+class Competitor:
+    """A program that is given tasks as JSON lines and answers each with the seconds that it took."""
+
+    def __init__(self, module: str, folder: Path) -> None:
+        """`folder` is the base model. The program runs once for each way of waiting."""
+        self.chosen: dict[str, dict[str, Any]] = {}
+        """The best settings of each task, as far as they were looked for."""
+        self._processes = {wait: _start(module, folder, wait) for wait in WAITS}
+        for process in self._processes.values():
+            _answer(process)
+
+    def seconds(self, task: str, *, wait: str, **arguments: Any) -> float:
+        """Do a task once, in the process whose threads wait like this."""
+        process = self._processes[wait]
+        process.stdin.write(json.dumps({"task": task, **arguments}) + "\n")
+        process.stdin.flush()
+        return _answer(process)["seconds"]
+
+    def at_its_best(self, task: str, settings: dict[str, Sequence[Any]], **arguments: Any) -> Callable[[], float]:
+        """The task with whatever combination of `settings`, threads and ways of waiting is the fastest here and now."""
+        choices = {"wait": WAITS, "threads": thread_counts(), **settings}
+        candidates = [dict(zip(choices, choice, strict=True)) for choice in itertools.product(*choices.values())]
+        times: list[list[float]] = [[] for _ in candidates]
+        for _ in range(1 + TRIALS):
+            for chosen, readings in zip(candidates, times, strict=True):
+                readings.append(self.seconds(task, **chosen, **arguments))
+        fastest = min(range(len(candidates)), key=lambda candidate: median(times[candidate][1:]))
+        best = self.chosen[task] = candidates[fastest]
+        return lambda: self.seconds(task, **best, **arguments)
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes.values():
+            process.stdin.close()
+        for process in self._processes.values():
+            try:
+                process.wait(EXIT_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _start(module: str, folder: Path, wait: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    if wait != "active":
+        environment["OMP_WAIT_POLICY"] = wait
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", module, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"the competitor ended with status {process.wait()}; its error is above")
+    return json.loads(line)
+
+
+def thread_counts() -> list[int]:
+    """1, 2, 4, ... up to the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [count for power in range(10) if (count := 2**power) <= cores]

@@ -1,0 +1,25 @@
+"""What a module in `bench/measurements` gives: a question, its goal, and how to take readings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench.readings import Goal, Readings
+from bench.stage import Stage
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table."""
+
+    name: str
+    """For `--only`."""
+    what: str
+    against: str
+    """What `Readings.theirs` are; empty if there are none."""
+    goal: Goal
+    take: Callable[[Stage, int], Readings]
+    """(stage, how many repetitions) -> readings, in seconds or bytes as the goal says."""
+    profiled: bool = True
+    """Whether the shared server works in it, so that a profile of that server says something."""

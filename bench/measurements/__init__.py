@@ -1,0 +1,10 @@
+"""The measurements, in the order in which they run and are shown."""
+
+from bench.measurements.forward_backward import FORWARD_BACKWARD
+from bench.measurements.memory import MEMORY
+from bench.measurements.round_trip import ROUND_TRIP
+from bench.measurements.sampling import SAMPLING
+from bench.measurements.short_beside_long import SHORT_BESIDE_LONG
+from bench.measurements.start import START
+
+ALL = (FORWARD_BACKWARD, ROUND_TRIP, SAMPLING, SHORT_BESIDE_LONG, START, MEMORY)

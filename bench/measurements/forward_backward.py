@@ -1,0 +1,23 @@
+"""How fast gradients of a batch are that fills the machine."""
+
+from __future__ import annotations
+
+from bench.measurement import Measurement
+from bench.readings import Goal, Readings, interleaved
+from bench.stage import Stage, batch, seconds
+
+ROWS, TOKENS = 8, 256
+
+
+def take(stage: Stage, repeat: int) -> Readings:
+    """Seconds of one forward_backward."""
+    data = batch(ROWS, TOKENS)
+    theirs = stage.by_hand.at_its_best("forward_backward", {}, rows=ROWS, tokens=TOKENS)
+    return interleaved(
+        lambda: seconds(lambda: stage.training.forward_backward(data, "cross_entropy").result()), theirs, repeat
+    )
+
+
+FORWARD_BACKWARD = Measurement(
+    "forward_backward", f"forward_backward of {ROWS} x {TOKENS} tokens", "PEFT", Goal("speed", 0.95), take
+)

@@ -1,0 +1,40 @@
+"""How long the smallest training step takes: nearly all of it is the way through the server."""
+
+from __future__ import annotations
+
+from bench.measurement import Measurement
+from bench.readings import Goal, Readings, interleaved
+from bench.stage import LEARNING_RATE, Stage, batch, seconds
+
+ROWS, TOKENS = 1, 16
+STEPS = 5
+"""Steps in one reading, one after the other."""
+
+
+def take(stage: Stage, repeat: int) -> Readings:
+    """Seconds of one forward_backward and optim_step, sent together as the SDK's guide advises."""
+    import tinker
+
+    data, adam = batch(ROWS, TOKENS), tinker.AdamParams(learning_rate=LEARNING_RATE)
+
+    def step() -> None:
+        gradients = stage.training.forward_backward(data, "cross_entropy")
+        update = stage.training.optim_step(adam)
+        gradients.result()
+        update.result()
+
+    one = stage.by_hand.at_its_best("step", {}, rows=ROWS, tokens=TOKENS)
+    return interleaved(
+        lambda: sum(seconds(step) for _ in range(STEPS)) / STEPS,
+        lambda: sum(one() for _ in range(STEPS)) / STEPS,
+        repeat,
+    )
+
+
+ROUND_TRIP = Measurement(
+    "round_trip",
+    f"forward_backward of {ROWS} x {TOKENS} tokens and optim_step, there and back",
+    "PEFT",
+    Goal("seconds", 0.060),
+    take,
+)

@@ -1,0 +1,39 @@
+"""How fast a batch of samples is drawn."""
+
+from __future__ import annotations
+
+from bench.measurement import Measurement
+from bench.readings import Goal, Readings, interleaved
+from bench.stage import Stage, prompts, seconds
+
+ROWS, PROMPT_TOKENS, NEW_TOKENS = 16, 32, 64
+
+
+def take(stage: Stage, repeat: int) -> Readings:
+    """Seconds until the last of the samples of a trained adapter has come back; `generate` runs on merged weights."""
+    import tinker
+
+    params = tinker.SamplingParams(max_tokens=NEW_TOKENS, temperature=1.0, stop=[])
+    questions = prompts(ROWS, PROMPT_TOKENS)
+
+    def sample() -> None:
+        for future in [stage.sampler.sample(question, 1, params) for question in questions]:
+            assert len(future.result().sequences[0].tokens) == NEW_TOKENS
+
+    theirs = stage.by_hand.at_its_best(
+        "generate",
+        {"cache": ["dynamic", "static"]},
+        rows=ROWS,
+        tokens=PROMPT_TOKENS,
+        new_tokens=NEW_TOKENS,
+    )
+    return interleaved(lambda: seconds(sample), theirs, repeat)
+
+
+SAMPLING = Measurement(
+    "sampling",
+    f"{ROWS} samples of {NEW_TOKENS} tokens after prompts of {PROMPT_TOKENS}",
+    "HF generate",
+    Goal("speed", 1.0),
+    take,
+)

@@ -1,0 +1,105 @@
+"""What the measurements share: a base model, a server on it, a client of that server, and the competitor. Each is made
+when it is first asked for and ends with the stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench.competitor import Competitor
+from bench.model import make_model, token_rows
+
+if TYPE_CHECKING:
+    import tinker
+
+    from tinkercloud.cli.local_server import LocalServer
+
+MODEL = "bench/qwen3-4m"
+RANK = 16
+ALPHA = 32.0
+LEARNING_RATE = 1e-4
+
+
+class Stage:
+    """See the module's docstring."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        """Everything is written under `folder` and ended by `stack`."""
+        self.folder = folder
+        self._stack = stack
+
+    @cached_property
+    def model_folder(self) -> Path:
+        return make_model(self.folder / "model")
+
+    @cached_property
+    def server(self) -> LocalServer:
+        """A server with the settings that a user gets, on the bench's model."""
+        from tinkercloud.cli.local_server import running_server
+
+        folder = self.folder / "server"
+        folder.mkdir()
+        return self._stack.enter_context(running_server(folder, ["--model", f"{MODEL}={self.model_folder}"]))
+
+    @cached_property
+    def by_hand(self) -> Competitor:
+        """torch + PEFT, by hand."""
+        competitor = Competitor("bench.by_hand", self.model_folder)
+        self._stack.callback(competitor.close)
+        return competitor
+
+    @property
+    def chosen_settings(self) -> dict[str, dict[str, Any]]:
+        """The settings with which the competitor was fastest, by task."""
+        return self.by_hand.chosen if "by_hand" in vars(self) else {}
+
+    @cached_property
+    def client(self) -> tinker.ServiceClient:
+        import tinker
+
+        client = tinker.ServiceClient(base_url=self.server.url, api_key="tml-bench")
+        self._stack.callback(client.holder.close)
+        return client
+
+    @cached_property
+    def training(self) -> tinker.TrainingClient:
+        """A LoRA adapter on all linear layers, as the competitor's."""
+        return self.client.create_lora_training_client(base_model=MODEL, rank=RANK, seed=0).result()
+
+    @cached_property
+    def sampler(self) -> tinker.SamplingClient:
+        """The adapter's weights as they are when this is first asked for."""
+        return self.training.save_weights_and_get_sampling_client().result()
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Wall-clock time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def batch(rows: int, tokens: int) -> list[tinker.Datum]:
+    """`rows` sequences of `tokens` tokens, every target with weight 1: the competitor's batch of the same size."""
+    from tinker import types
+
+    return [
+        types.Datum(
+            model_input=types.ModelInput.from_ints(row[:-1].tolist()),
+            loss_fn_inputs={"target_tokens": row[1:], "weights": np.ones(tokens, np.float32)},
+        )
+        for row in token_rows(rows, tokens + 1)
+    ]
+
+
+def prompts(rows: int, tokens: int) -> list[tinker.ModelInput]:
+    """The competitor's prompts of the same size."""
+    from tinker import types
+
+    return [types.ModelInput.from_ints(row.tolist()) for row in token_rows(rows, tokens)]
