@@ -20,8 +20,8 @@ TOKEN_SECONDS = 3600
 """How long a token from auth/token is valid; the SDK takes a new one at half of it."""
 
 
-def owner_of(request: Request) -> str:
-    """The owner that a request acts for."""
+async def owner_of(request: Request) -> str:
+    """The owner that a request acts for. (FastAPI runs what is not async in a thread: two switches for each request.)"""
     return LOCAL_OWNER
 
 

@@ -10,7 +10,7 @@ from tinkercloud.api.wire.json import Wire
 from tinkercloud.control.service import Service
 
 
-def _service_of(request: Request) -> Service:
+async def _service_of(request: Request) -> Service:
     return request.app.state.service
 
 
