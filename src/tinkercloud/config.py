@@ -128,6 +128,9 @@ class Settings(PerModel, BaseSettings):
     session_timeout_seconds: float = Field(
         120, gt=10, description="A session without heartbeats for this long is parked; the SDK sends one every 10 s."
     )
+    session_retention_seconds: float = Field(
+        7 * 86400, gt=0, description="How long a parked session can come back; then it is finished and its state dropped."
+    )
     gap_timeout_seconds: float = Field(
         360, gt=0, description="How long operations wait for a missing earlier one; the SDK retries for 300 s."
     )

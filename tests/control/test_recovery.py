@@ -5,8 +5,11 @@ import os
 import signal
 import time
 
+import pytest
+
 from tests.control.conftest import NANO, OWNER, Client, datum
 from tinkercloud.engine.types import Failure, ForwardBackward
+from tinkercloud.errors import Ended, NotFound
 
 
 async def undisturbed(serving, count):
@@ -89,10 +92,11 @@ def test_an_operation_that_kills_the_engine_each_time_is_given_up(serving, run):
             entry = await client.send(
                 "forward_backward", ForwardBackward(client.model.model_id, long, "cross_entropy", forward_only=False)
             )
+            conductor = service.models.get(NANO).conductor
             for _ in range(2):
                 engine = await service.models.get(NANO).engine.running()
-                await until(lambda: service.models.get(NANO).conductor._runs[client.model.model_id].resident(engine))
-                await until(lambda: engine._waiting)
+                while not (conductor._runs[client.model.model_id].resident(engine) and engine._waiting):
+                    await asyncio.sleep(0.01)
                 os.kill(engine.pid, signal.SIGKILL)
                 await engine.died.wait()
             outcome = await client.result(entry)
@@ -106,6 +110,49 @@ def test_an_operation_that_kills_the_engine_each_time_is_given_up(serving, run):
     run(story)
 
 
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0.01)
+def test_a_finished_session_ends_its_runs_and_keeps_its_checkpoints(serving, run, tmp_path):
+    async def story():
+        async with serving() as service:
+            client = await Client.create(service)
+            await client.steps(1)
+            client.seq_id += 1
+            saved = await client.result(
+                await service.runs.save_weights(
+                    client.model,
+                    client.seq_id,
+                    "kept",
+                    for_sampler=False,
+                    ttl_seconds=None,
+                    overwrite=False,
+                    user_metadata=None,
+                )
+            )
+            client.seq_id += 1
+            made = await client.result(await service.runs.save_ephemeral_sampler(client.model, client.seq_id, 0))
+            sampler = await service.samplers.get(made.sampling_session_id, OWNER)
+            assert (tmp_path / "data" / sampler.folder).is_dir()
+            await service.sessions.finish(client.session.session_id, OWNER, "success")
+            await service.sessions.finish(client.session.session_id, OWNER, "errored")
+            assert (await service.sessions.get(client.session.session_id, OWNER)).finish_reason == "success"
+            with pytest.raises(Ended):
+                await service.sessions.heartbeat(client.session.session_id, OWNER)
+            with pytest.raises(NotFound):
+                await service.runs.live(client.model.model_id, OWNER)
+            assert not (tmp_path / "data" / sampler.folder).exists()
+            checkpoint = await service.checkpoints.get(saved.path, OWNER)
+            assert (tmp_path / "data" / checkpoint.folder / "adapter_model.safetensors").is_file()
+
+    run(story)
+
+
+def test_a_silent_session_is_finished_after_its_retention(serving, run):
+    async def story():
+        async with serving(session_retention_seconds=1000) as service:
+            client = await Client.create(service)
+            await service.sessions.park_silent(time.time() + 500)
+            await service.sessions.park_silent(time.time() + 500)
+            assert (await service.sessions.get(client.session.session_id, OWNER)).state == "parked"
+            await service.sessions.park_silent(time.time() + 2000)
+            assert (await service.sessions.get(client.session.session_id, OWNER)).state == "finished"
+
+    run(story)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from tinkercloud.codec import encode
@@ -14,7 +16,7 @@ from tinkercloud.control.arrivals import Arrivals, within
 from tinkercloud.control.disk import remove_unused
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import KeptEngine
-from tinkercloud.control.folders import checkpoint_path
+from tinkercloud.control.folders import checkpoint_path, snapshots_folder
 from tinkercloud.control.outcomes import SaveDetails, conclude, details_of
 from tinkercloud.control.training_run import ReplayError, TrainingRun
 from tinkercloud.engine.types import ClearGradients, DropModel, Failure, Result
@@ -80,6 +82,19 @@ class Conductor:
                     except EngineDied:
                         return
 
+    async def end_runs(self, model_ids: list[str]) -> None:
+        """Let go of runs for good, after the running cycle: what waits in their logs fails, their state is dropped."""
+        async with self._between_cycles:
+            for run in [self._runs.pop(model_id) for model_id in model_ids if model_id in self._runs]:
+                with suppress(EngineDied):
+                    await run.release(self._engine.handle)
+                ended = Failure(f"the session of training run {run.model_id} has finished", "user")
+                for entry in await self._ledger.pending(run.model_id):
+                    await self._ledger.complete(entry.request_id, encode(ended), failed=True)
+                    self._arrivals.announce(entry.request_id)
+                await self._ledger.change(ModelRecord, run.model_id, state="unloaded")
+                await asyncio.to_thread(shutil.rmtree, self._data_dir / snapshots_folder(run.model_id), True)
+
     async def park_all(self) -> None:
         """Put every run on disk, after the running cycle."""
         await self.park(list(self._runs))
@@ -102,8 +117,11 @@ class Conductor:
         while True:
             await within(self._work, GAP_CHECK_SECONDS)
             self._work.clear()
-            while waiting := self._waiting():
+            while True:
                 async with self._between_cycles:
+                    waiting = self._waiting()
+                    if not waiting:
+                        break
                     cycle = next_cycle(waiting, self._settings.cycle_tokens, self._served_tokens)
                     try:
                         await self._run_cycle([self._runs[w.model_id] for w in cycle])

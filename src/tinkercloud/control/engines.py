@@ -53,6 +53,11 @@ class KeptEngine:
         """Why the model can never be served as it is configured; None as long as it may."""
         return self.state.removeprefix("failed: ") if self.state.startswith("failed: ") else None
 
+    @property
+    def handle(self) -> EngineHandle | None:
+        """The running engine, if there is one now."""
+        return self._handle
+
     def start(self) -> None:
         """Begin to load the model, if it is not loaded or loading already."""
         if self._supervisor is None or self._supervisor.done():

@@ -26,7 +26,7 @@ class Service:
         self._ledger = ledger
         self._arrivals = Arrivals()
         self.models = BaseModels(settings, ledger, self._arrivals, on_progress)
-        self.sessions = Sessions(ledger, self.models, settings.session_timeout_seconds)
+        self.sessions = Sessions(ledger, self.models, settings)
         self.runs = TrainingRuns(ledger, self.models, self.sessions)
         self.checkpoints = Checkpoints(ledger, self.models, settings.data_dir)
         self.samplers = Samplers(ledger, self.models, self.sessions, self.checkpoints, settings.max_pending_samples)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import shutil
 import time
 import uuid
 from typing import Any
 
+from tinkercloud.config import Settings
 from tinkercloud.control.base_models import BaseModels
 from tinkercloud.errors import Ended, NotFound
 from tinkercloud.ledger.ledger import Ledger
@@ -19,11 +22,12 @@ class Sessions:
     """The sessions of all clients. A session without heartbeats is parked: its state goes to disk, and comes back with
     its next request."""
 
-    def __init__(self, ledger: Ledger, models: BaseModels, timeout: float):
-        """`timeout`: seconds without a sign of life after which a session is parked."""
+    def __init__(self, ledger: Ledger, models: BaseModels, settings: Settings):
         self._ledger = ledger
         self._models = models
-        self._timeout = timeout
+        self._data_dir = settings.data_dir
+        self._timeout = settings.session_timeout_seconds
+        self._retention = settings.session_retention_seconds
 
     async def create(
         self,
@@ -83,8 +87,7 @@ class Sessions:
         """The first reason wins; a repeat changes nothing."""
         session = await self.get(session_id, owner)
         if session.state != "finished":
-            await self._ledger.change(SessionRecord, session_id, state="finished", finish_reason=reason)
-            await self._free(session_id)
+            await self._end(session_id, reason)
 
     async def list(self, owner: str, limit: int, offset: int) -> list[SessionRecord]:
         """A page of the owner's sessions, newest first."""
@@ -97,19 +100,35 @@ class Sessions:
         return [m.model_id for m in models], [s.sampler_id for s in samplers]
 
     async def park_silent(self, now: float) -> None:
-        """Put the state of sessions without a sign of life on disk and free their engines' memory."""
+        """Put the state of sessions without a sign of life on disk and free their engines' memory; finish those that
+        have been silent for the whole retention time."""
+        for session in await self._ledger.find(SessionRecord, state="parked"):
+            if session.last_heartbeat <= now - self._retention:
+                log.info("session %s did not come back; finished", session.session_id)
+                await self._end(session.session_id, "silent for too long")
         for session in await self._ledger.find(SessionRecord, state="active"):
             if session.last_heartbeat > now - self._timeout:
                 continue
             log.info("session %s is silent; parked", session.session_id)
             await self._ledger.change(SessionRecord, session.session_id, state="parked")
-            await self._free(session.session_id)
+            models = await self._ledger.find(ModelRecord, session_id=session.session_id)
+            for served in self._models:
+                await served.conductor.park([model.model_id for model in models])
+            for sampler in await self._ledger.find(SamplerRecord, session_id=session.session_id):
+                await self._close(sampler)
 
-    async def _free(self, session_id: str) -> None:
-        """Put a session's runs on disk and close its samplers in the engines."""
+    async def _end(self, session_id: str, reason: str) -> None:
+        """Finish a session: its runs end and its ephemeral samplers go; named checkpoints stay."""
+        await self._ledger.change(SessionRecord, session_id, state="finished", finish_reason=reason)
         models = await self._ledger.find(ModelRecord, session_id=session_id)
         for served in self._models:
-            await served.conductor.park([model.model_id for model in models])
+            await served.conductor.end_runs([model.model_id for model in models])
         for sampler in await self._ledger.find(SamplerRecord, session_id=session_id):
-            if sampler.base_model in self._models:
-                await self._models.get(sampler.base_model).desk.close(sampler.sampler_id)
+            await self._close(sampler)
+            if sampler.model_path is None and sampler.folder:
+                await asyncio.to_thread(shutil.rmtree, self._data_dir / sampler.folder, ignore_errors=True)
+
+    async def _close(self, sampler: SamplerRecord) -> None:
+        """Free a sampler's weights in its engine."""
+        if sampler.base_model in self._models:
+            await self._models.get(sampler.base_model).desk.close(sampler.sampler_id)

@@ -131,5 +131,10 @@ class TrainingRun:
             return
         if self.unsaved_operations:
             await self.snapshot(engine)
-        await engine.run_cycle([encode(DropModel(self.model_id))])
+        await self.release(engine)
+
+    async def release(self, engine: EngineHandle | None) -> None:
+        """Free the engine's memory without saving anything. EngineDied."""
+        if self.resident(engine):
+            await engine.run_cycle([encode(DropModel(self.model_id))])
         self._resident_in = None
