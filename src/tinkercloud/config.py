@@ -129,7 +129,7 @@ class Settings(PerModel, BaseSettings):
         120, gt=10, description="A session without heartbeats for this long is parked; the SDK sends one every 10 s."
     )
     session_retention_seconds: float = Field(
-        7 * 86400, gt=0, description="How long a parked session can come back; then it is finished and its state dropped."
+        7 * 86400, gt=0, description="How long a parked session can come back; then it is finished."
     )
     gap_timeout_seconds: float = Field(
         360, gt=0, description="How long operations wait for a missing earlier one; the SDK retries for 300 s."
