@@ -40,13 +40,15 @@ def test_a_resumed_loop_repeats_its_steps(recipe, tmp_path):
 
 
 def test_reinforcement_learning_raises_the_reward(recipe, tmp_path):
-    options = ("env=arithmetic", "group_size=8", "groups_per_batch=16", "learning_rate=1e-3", "max_tokens=5")
+    """A tenth of the model's answers do not end within five tokens; a few steps teach it that much for certain."""
+    options = ("env=arithmetic", "group_size=8", "groups_per_batch=32", "learning_rate=1e-3", "max_tokens=5")
     options += ("max_steps=8", "save_every=0", "eval_every=0", "loss_fn=importance_sampling")
     rows = recipe("math_rl.train", tmp_path / "log", RENDERER, *options, FRESH)
-    print([{k: round(v, 3) for k, v in r.items() if "env/all" in k or "kl" in k} for r in rows])
-    reward = series(rows, "env/all/reward/total")
-    assert reward[-1] > reward[0], reward
-    assert max(map(abs, series(rows, "optim/kl_sample_train_v2"))) < 1e-4
+    ended, correct = series(rows, "env/all/format"), series(rows, "env/all/correct")
+    assert sum(ended[-3:]) / 3 > ended[0] + 0.025, ended
+    assert min(correct) > 0.3, f"it learns to end its answers, not to end them early: {correct}"
+    # Half the mean square of (sampled - trained log-probability): 5e-11 is a difference of 1e-5.
+    assert max(series(rows, "optim/kl_sample_train_v2")) < 5e-11
 
 
 def test_preference_training_starts_at_even_odds(recipe, tmp_path):
