@@ -17,6 +17,7 @@ from tinker.types.sampling_params import SamplingParams as SdkSamplingParams
 from tests.api.test_wire_protobuf import sampled
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.answers import Json, iso, text_metadata
+from tinkercloud.api.wire.json_arrays import batch_from
 from tinkercloud.api.wire.results import as_json
 from tinkercloud.engine.types import Failure, LossOutput, StepOutput
 from tinkercloud.errors import InvalidRequest
@@ -177,7 +178,7 @@ def batch_of(data: list[types.Datum]):
         loss_fn="cross_entropy",
         loss_fn_config=None,
     ).model_dump(mode="json", exclude_none=True)
-    return wire.batch_from(wire.as_request(wire.ForwardBackwardInput, json.loads(json.dumps(dumped))), 2**20)
+    return batch_from(wire.as_request(wire.ForwardBackwardInput, json.loads(json.dumps(dumped))), 2**20)
 
 
 def test_dense_and_sparse_inputs_arrive_as_they_were():
@@ -197,7 +198,7 @@ def test_dense_and_sparse_inputs_arrive_as_they_were():
 def test_tokens_are_integers_of_32_bits(tokens):
     given = {"data": [{"model_input": {"chunks": [{"tokens": tokens}]}, "loss_fn_inputs": {}}], "loss_fn": "x"}
     with pytest.raises(InvalidRequest, match="datum 0, model_input: a flat list of integers that fit int32"):
-        wire.batch_from(wire.as_request(wire.ForwardBackwardInput, given), 2**20)
+        batch_from(wire.as_request(wire.ForwardBackwardInput, given), 2**20)
 
 
 @pytest.mark.parametrize("data", [["a"], [None], [[1.0], [2.0]], [1.0, [2.0]]])
@@ -205,7 +206,7 @@ def test_floats_are_numbers(data):
     tensors = {"weights": {"data": data, "dtype": "float32"}}
     given = {"data": [{"model_input": {"chunks": []}, "loss_fn_inputs": tensors}], "loss_fn": "x"}
     with pytest.raises(InvalidRequest, match="datum 0, weights: a flat list of numbers"):
-        wire.batch_from(wire.as_request(wire.ForwardBackwardInput, given), 2**20)
+        batch_from(wire.as_request(wire.ForwardBackwardInput, given), 2**20)
 
 
 # ---------------------------------------------------------------- results

@@ -21,7 +21,7 @@ TOKEN_SECONDS = 3600
 
 
 async def owner_of(request: Request) -> str:
-    """The owner that a request acts for. (FastAPI runs what is not async in a thread: two switches for each request.)"""
+    """The owner that a request acts for. Async, since FastAPI runs any other dependency in a thread."""
     return LOCAL_OWNER
 
 

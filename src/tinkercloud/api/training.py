@@ -16,7 +16,7 @@ from tinkercloud.api.hub import is_hub_folder
 from tinkercloud.api.refusals import accepted, read_operation, record_unreadable, recorded
 from tinkercloud.api.validate import check_optimizer, lora_from
 from tinkercloud.api.wire import json as wire
-from tinkercloud.api.wire import protobuf
+from tinkercloud.api.wire import json_arrays, protobuf
 from tinkercloud.api.wire.arrays import Batch
 from tinkercloud.api.wire.body import PROTOBUF, Unreadable, is_protobuf, off_loop, read_body
 from tinkercloud.control.service import Service
@@ -118,7 +118,7 @@ async def _submit_json(
     address = wire.as_request(wire.Address, raw)
 
     def decode() -> Batch:
-        return wire.batch_from(getattr(wire.as_request(form, raw), field), dense_bytes)
+        return json_arrays.batch_from(getattr(wire.as_request(form, raw), field), dense_bytes)
 
     size = int(request.headers.get("content-length") or 2**62)
     return await _submit_batch(request, service, owner, address.model_id, address.seq_id, kind, size, decode)

@@ -8,6 +8,7 @@ import secrets
 import numpy as np
 
 from tinkercloud.api.wire import json as wire
+from tinkercloud.api.wire.json_arrays import integers, tokens_from
 from tinkercloud.engine.types import BaseModelInfo, LoraConfig, SamplingParams
 from tinkercloud.engine.types import Sample as SampleOperation
 from tinkercloud.errors import InvalidRequest
@@ -72,7 +73,7 @@ def check_name(name: str | None, ttl_seconds: int | None) -> None:
 def sample_from(given: wire.Sample, sampler_id: str, info: BaseModelInfo) -> SampleOperation:
     """The sampling operation. Its request id is the ledger's to give."""
     _check_unserved(given)
-    prompt = wire.tokens_from(given.prompt, "prompt")
+    prompt = tokens_from(given.prompt, "prompt")
     if not len(prompt):
         raise InvalidRequest("prompt is empty; send at least one token")
     _check_vocabulary(prompt, info, "prompt")
@@ -147,7 +148,7 @@ def _stops(stop: str | list[str | int] | None, info: BaseModelInfo) -> tuple[tup
         raise InvalidRequest("stop mixes texts and token ids; send one kind")
     if "" in strings:
         raise InvalidRequest("stop has an empty text, which would stop everything; leave it out")
-    _check_vocabulary(wire.integers(list(tokens), np.int64, "stop"), info, "stop")
+    _check_vocabulary(integers(list(tokens), np.int64, "stop"), info, "stop")
     return strings, tokens
 
 

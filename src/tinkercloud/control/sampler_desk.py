@@ -38,6 +38,7 @@ class SamplerDesk:
         self._opened_in: EngineHandle | None = None
         self._running: Counter[str] = Counter()
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._cancelled: set[str] = set()
 
     @property
     def pending(self) -> int:
@@ -49,15 +50,22 @@ class SamplerDesk:
         if entry.request_id not in self._tasks:
             task = asyncio.create_task(self._run(entry, sampler), name=f"sample {entry.request_id}")
             self._tasks[entry.request_id] = task
-            task.add_done_callback(lambda _: self._tasks.pop(entry.request_id))
+            task.add_done_callback(lambda _: self._forget(entry.request_id))
+
+    def _forget(self, request_id: str) -> None:
+        self._tasks.pop(request_id)
+        self._cancelled.discard(request_id)
 
     async def cancel(self, request_id: str) -> None:
-        """Stop a sample if it is running; its future then fails."""
-        if request_id in self._tasks and self._opened_in is not None:
+        """Stop a sample if it waits or runs; its future then fails."""
+        if request_id not in self._tasks:
+            return
+        self._cancelled.add(request_id)  # for one that has not reached the engine yet
+        if self._opened_in is not None:
             try:
                 await self._opened_in.ask(encode(CancelSample(request_id)))
             except EngineDied:
-                return  # it will run again on the next engine: a cancel is a wish, not a promise
+                return  # gone with the engine, and it does not run again on the next one
 
     async def close(self, sampler_id: str) -> None:
         """Free a sampler's weights in the engine; they stay on disk."""
@@ -77,17 +85,19 @@ class SamplerDesk:
         payload = await self._ledger.payload(entry.request_id)
         self._running[sampler.sampler_id] += 1
         try:
-            result = await self._sample(payload, sampler)
+            result = await self._sample(entry.request_id, payload, sampler)
         finally:
             self._running[sampler.sampler_id] -= 1
         await self._ledger.complete(entry.request_id, encode(result), failed=isinstance(result, Failure))
         self._arrivals.announce(entry.request_id, entry.stream)
 
-    async def _sample(self, payload: bytes, sampler: SamplerRecord) -> Result:
+    async def _sample(self, request_id: str, payload: bytes, sampler: SamplerRecord) -> Result:
         for _ in range(MAX_DEATHS):
             try:
                 engine = await self._engine.running()
                 opened = await self._open(engine, sampler)
+                if request_id in self._cancelled:
+                    return Failure("the sample was cancelled", "user")
                 return opened if isinstance(opened, Failure) else await engine.ask(payload)
             except Unavailable as error:
                 return Failure(str(error), "server")
