@@ -112,6 +112,11 @@ class Settings(PerModel, BaseSettings):
         description="Base models to serve, as `[[models]]` tables or `--model` texts; without any, the embedded model.",
     )
 
+    clients_on_this_machine: bool = Field(
+        True,
+        description="Name the tokenizers of models that no hub has by their folder to clients at a loopback address. "
+        "Turn it off if clients come through a tunnel: they then get the model's name, and `HF_ENDPOINT` resolves it.",
+    )
     max_body_bytes: ByteSize = Field(64 * MIB, gt=0, description="Largest request body, as it is sent.")
     max_decompressed_bytes: ByteSize = Field(256 * MIB, gt=0, description="Largest request body, decompressed.")
     inline_result_bytes: ByteSize = Field(

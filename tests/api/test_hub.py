@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import HfApi, errors
 
 from tests.api.conftest import MODEL
+from tests.serving import Server
 from tinkercloud.nano import FOLDER
 
 SAME = """
@@ -62,3 +63,29 @@ def test_a_file_has_what_a_cache_needs(server):
     size = (FOLDER / "tokenizer.json").stat().st_size
     assert head.status_code == 200 and int(head.headers["content-length"]) == size == len(get.content)
     assert head.headers["etag"] == get.headers["etag"] and len(head.headers["x-repo-commit"]) == 40
+
+
+CLIENTS = """
+import sys, tinker
+url, model = sys.argv[1:]
+client = tinker.ServiceClient(base_url=url, api_key="tml-test")
+training = client.create_lora_training_client(base_model=model, rank=2).result()
+samplers = [
+    client.create_sampling_client(base_model=model),
+    training.save_weights_and_get_sampling_client().result(),
+    client.create_sampling_client(model_path=training.save_weights_for_sampler("s").result().path),
+]
+assert training.get_info().model_data.tokenizer_id == model
+texts = {c.get_tokenizer().decode(c.get_tokenizer().encode("One and two.")) for c in (training, *samplers)}
+assert texts == {"One and two."}, texts
+"""
+
+
+def test_every_client_on_another_machine_gets_its_tokenizer(tmp_path):
+    options = ("--model", f"me/mine={FOLDER}", "--set", "clients_on_this_machine=false")
+    with Server(tmp_path / "data", *options) as server:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment = kept | {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"{server.url}/hf", "TINKER_TELEMETRY": "0"}
+        command = [sys.executable, "-c", CLIENTS, server.url, "me/mine"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

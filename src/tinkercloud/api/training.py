@@ -52,7 +52,7 @@ async def get_info(request: Request, service: ServiceOf, owner: Owner) -> dict[s
         "model_data": {
             "arch": info.architecture,
             "model_name": info.name,
-            "tokenizer_id": tokenizer_id(info, request.client.host if request.client else ""),
+            "tokenizer_id": tokenizer_id(info, request),
         },
         "model_id": model.model_id,
         "optimizer_config": {"type": "adamw"},
@@ -62,13 +62,14 @@ async def get_info(request: Request, service: ServiceOf, owner: Owner) -> dict[s
     }
 
 
-def tokenizer_id(info: BaseModelInfo, client_host: str) -> str:
+def tokenizer_id(info: BaseModelInfo, request: Request) -> str:
     """What the client can give to `AutoTokenizer.from_pretrained`: a hub model's name; for a model that no hub has, its
     folder if the client is on this machine, else its name, which `HF_ENDPOINT=http://<this server>/hf` resolves."""
     try:
-        here = ipaddress.ip_address(client_host).is_loopback
+        here = ipaddress.ip_address(request.client.host if request.client else "").is_loopback
     except ValueError:
         here = False
+    here = here and request.app.state.settings.clients_on_this_machine
     # The SDK cuts a tokenizer_id at its first colon, so such a folder cannot be named.
     return info.folder if here and not is_hub_folder(info) and ":" not in info.folder else info.name
 
