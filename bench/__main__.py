@@ -6,6 +6,7 @@ import os
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from bench import profile as profiling
 from bench import report
+from bench.competitor import thread_counts
 from bench.measurement import Measurement
 from bench.measurements import ALL
 from bench.memory import tree
@@ -58,15 +60,24 @@ def main(
 
 
 def _take(measurement: Measurement, stage: Stage, repeat: int, profile: bool) -> Readings:
-    if not (profile and measurement.profiled):
+    if not (profile and measurement.task):
         return measurement.take(stage, repeat)
     measurement.take(stage, 1)  # so that the server, its client and the competitor are there and warm
     control, *engines = tree(stage.server.pid)
     processes = [("control", control), *((f"engine-{number}", pid) for number, pid in enumerate(engines))]
-    with profiling.profiled([*processes, ("client", os.getpid())], PROFILES / measurement.name) as profiles:
+    with profiling.profiled(processes, PROFILES / measurement.name) as profiles:
         readings = measurement.take(stage, repeat)
     for each in profiles:
         out.print(profiling.table_of(each, measurement.name))
+    name, work = measurement.task
+    threads = thread_counts()[-1]
+    alone = [stage.engine_alone.seconds(name, wait="passive", threads=threads, **work) for _ in range(1 + repeat)][1:]
+    whole, engine = median(readings.ours), median(alone)
+    out.print(
+        f"{measurement.name}: {whole * 1e3:.1f} ms through the server, {engine * 1e3:.1f} ms in its engine alone; "
+        f"SDK, HTTP, ledger and waiting: {(whole - engine) * 1e3:.1f} ms",
+        highlight=False,
+    )
     return readings
 
 

@@ -1,15 +1,12 @@
 """The competitor: the same work as a careful person writes it with torch + PEFT, in a process of its own.
 
-`python -m bench.by_hand FOLDER` reads tasks from standard input, a JSON object a line, and answers each with the
-seconds that it took. Settings that a careful person would try (threads, the form of the KV cache) come with each task.
+`python -m bench.by_hand FOLDER`, see `bench.worker`. Settings that a careful person would try (threads, the form of the
+KV cache) come with each task.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,6 +17,7 @@ from transformers.utils import logging
 
 from bench.model import token_rows
 from bench.stage import ALPHA, LEARNING_RATE, RANK
+from bench.worker import answer_tasks
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]
 
@@ -74,19 +72,6 @@ class ByHand:
         assert drawn.shape == (rows, tokens + new_tokens)
 
 
-def main(folder: str) -> None:
-    """Answer tasks until standard input ends."""
-    logging.disable_progress_bar()
-    worker = ByHand(folder)
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        task: dict[str, Any] = json.loads(line)
-        torch.set_num_threads(task.pop("threads"))
-        run = getattr(worker, task.pop("task"))
-        started = time.perf_counter()
-        run(**task)
-        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    logging.disable_progress_bar()
+    answer_tasks(ByHand(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""This end of a competitor's process: asking it for work, and finding the settings with which it is fastest."""
+"""This end of a process that does the same work without the server: asking it, and finding its best settings."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ WAITS = ("active", "passive")
 class Competitor:
     """A program that is given tasks as JSON lines and answers each with the seconds that it took."""
 
-    def __init__(self, module: str, folder: Path) -> None:
+    def __init__(self, module: str, folder: Path, waits: Sequence[str] = WAITS) -> None:
         """`folder` is the base model. The program runs once for each way of waiting."""
         self.chosen: dict[str, dict[str, Any]] = {}
         """The best settings of each task, as far as they were looked for."""
-        self._processes = {wait: _start(module, folder, wait) for wait in WAITS}
+        self._processes = {wait: _start(module, folder, wait) for wait in waits}
         for process in self._processes.values():
             _answer(process)
 
@@ -42,7 +42,7 @@ class Competitor:
 
     def at_its_best(self, task: str, settings: dict[str, Sequence[Any]], **arguments: Any) -> Callable[[], float]:
         """The task with whatever combination of `settings`, threads and ways of waiting is the fastest here and now."""
-        choices = {"wait": WAITS, "threads": thread_counts(), **settings}
+        choices = {"wait": tuple(self._processes), "threads": thread_counts(), **settings}
         candidates = [dict(zip(choices, choice, strict=True)) for choice in itertools.product(*choices.values())]
         times: list[list[float]] = [[] for _ in candidates]
         for _ in range(1 + TRIALS):

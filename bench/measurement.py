@@ -21,5 +21,5 @@ class Measurement:
     goal: Goal
     take: Callable[[Stage, int], Readings]
     """(stage, how many repetitions) -> readings, in seconds or bytes as the goal says."""
-    profiled: bool = True
-    """Whether the shared server works in it, so that a profile of that server says something."""
+    task: tuple[str, dict[str, int]] | None = None
+    """The same work as the programs beside the server call it: its name and its arguments."""

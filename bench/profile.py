@@ -16,7 +16,7 @@ from rich.table import Table
 
 RATE = 250
 """Samples a second."""
-OPTIONS = ["--rate", str(RATE), "--format", "raw", "--full-filenames", "--nonblocking", "--threads"]
+OPTIONS = ["--rate", str(RATE), "--format", "raw", "--full-filenames", "--nonblocking"]
 
 FUNCTIONS = 12
 """Functions shown for each process."""

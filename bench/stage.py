@@ -54,6 +54,13 @@ class Stage:
         self._stack.callback(competitor.close)
         return competitor
 
+    @cached_property
+    def engine_alone(self) -> Competitor:
+        """The server's engine without the server, with the threads that it has in the server."""
+        alone = Competitor("bench.engine_alone", self.model_folder, waits=("passive",))
+        self._stack.callback(alone.close)
+        return alone
+
     @property
     def chosen_settings(self) -> dict[str, dict[str, Any]]:
         """The settings with which the competitor was fastest, by task."""

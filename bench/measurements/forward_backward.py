@@ -7,17 +7,23 @@ from bench.readings import Goal, Readings, interleaved
 from bench.stage import Stage, batch, seconds
 
 ROWS, TOKENS = 8, 256
+NAME, WORK = "forward_backward", {"rows": ROWS, "tokens": TOKENS}
 
 
 def take(stage: Stage, repeat: int) -> Readings:
     """Seconds of one forward_backward."""
     data = batch(ROWS, TOKENS)
-    theirs = stage.by_hand.at_its_best("forward_backward", {}, rows=ROWS, tokens=TOKENS)
+    theirs = stage.by_hand.at_its_best(NAME, {}, **WORK)
     return interleaved(
         lambda: seconds(lambda: stage.training.forward_backward(data, "cross_entropy").result()), theirs, repeat
     )
 
 
 FORWARD_BACKWARD = Measurement(
-    "forward_backward", f"forward_backward of {ROWS} x {TOKENS} tokens", "PEFT", Goal("speed", 0.95), take
+    "forward_backward",
+    f"forward_backward of {ROWS} x {TOKENS} tokens",
+    "PEFT",
+    Goal("speed", 0.95),
+    take,
+    task=(NAME, WORK),
 )

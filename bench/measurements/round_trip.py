@@ -7,6 +7,7 @@ from bench.readings import Goal, Readings, interleaved
 from bench.stage import LEARNING_RATE, Stage, batch, seconds
 
 ROWS, TOKENS = 1, 16
+NAME, WORK = "step", {"rows": ROWS, "tokens": TOKENS}
 STEPS = 5
 """Steps in one reading, one after the other."""
 
@@ -23,7 +24,7 @@ def take(stage: Stage, repeat: int) -> Readings:
         gradients.result()
         update.result()
 
-    one = stage.by_hand.at_its_best("step", {}, rows=ROWS, tokens=TOKENS)
+    one = stage.by_hand.at_its_best(NAME, {}, **WORK)
     return interleaved(
         lambda: sum(seconds(step) for _ in range(STEPS)) / STEPS,
         lambda: sum(one() for _ in range(STEPS)) / STEPS,
@@ -37,4 +38,5 @@ ROUND_TRIP = Measurement(
     "PEFT",
     Goal("seconds", 0.060),
     take,
+    task=(NAME, WORK),
 )

@@ -7,6 +7,7 @@ from bench.readings import Goal, Readings, interleaved
 from bench.stage import Stage, prompts, seconds
 
 ROWS, PROMPT_TOKENS, NEW_TOKENS = 16, 32, 64
+NAME, WORK = "generate", {"rows": ROWS, "tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
 
 
 def take(stage: Stage, repeat: int) -> Readings:
@@ -20,13 +21,7 @@ def take(stage: Stage, repeat: int) -> Readings:
         for future in [stage.sampler.sample(question, 1, params) for question in questions]:
             assert len(future.result().sequences[0].tokens) == NEW_TOKENS
 
-    theirs = stage.by_hand.at_its_best(
-        "generate",
-        {"cache": ["dynamic", "static"]},
-        rows=ROWS,
-        tokens=PROMPT_TOKENS,
-        new_tokens=NEW_TOKENS,
-    )
+    theirs = stage.by_hand.at_its_best(NAME, {"cache": ["dynamic", "static"]}, **WORK)
     return interleaved(lambda: seconds(sample), theirs, repeat)
 
 
@@ -36,4 +31,5 @@ SAMPLING = Measurement(
     "HF generate",
     Goal("speed", 1.0),
     take,
+    task=(NAME, WORK),
 )
