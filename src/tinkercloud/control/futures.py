@@ -24,7 +24,7 @@ class Futures:
             entry = await self._owned_entry(request_id, owner)
             if entry.state == "accepted":
                 await within(arrived, timeout)
-                entry = await self._owned_entry(request_id, owner)
+                entry = await self._ledger.entry(request_id) or entry
         if entry.state == "accepted":
             return entry, None
         stored = None if entry.expired else await self._ledger.outcome(request_id)
