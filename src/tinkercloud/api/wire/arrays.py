@@ -47,9 +47,12 @@ def shaped(values: np.ndarray, shape: Sequence[int] | None, where: str) -> np.nd
     """Flat values in their declared shape; without one they are a vector."""
     if not shape:
         return values
-    if min(shape) < 0 or math.prod(shape) != len(values):
-        raise InvalidRequest(f"{where}: shape {list(shape)} does not fit its {len(values)} values")
-    return values.reshape(shape)
+    try:
+        if min(shape) >= 0 and math.prod(shape) == len(values):
+            return values.reshape(shape)
+    except ValueError:
+        pass  # more dimensions, or longer ones in an empty tensor, than an array can have
+    raise InvalidRequest(f"{where}: shape {list(shape)!s:.200} does not fit its {len(values)} values")
 
 
 def dense_from_csr(
@@ -61,8 +64,8 @@ def dense_from_csr(
     where: str,
 ) -> np.ndarray:
     """A sparse CSR matrix with zeros where nothing is listed."""
-    if not shape or len(shape) != 2 or min(shape) < 0:
-        raise InvalidRequest(f"{where}: a sparse tensor needs a shape [rows, columns], not {list(shape or [])}")
+    if not shape or len(shape) != 2 or min(shape) < 0 or max(shape) >= 2**31:
+        raise InvalidRequest(f"{where}: a sparse tensor needs a shape [rows, columns], not {list(shape or [])!s:.200}")
     rows, columns = shape
     counts = np.diff(crow)
     if len(crow) != rows + 1 or crow[0] != 0 or crow[-1] != len(values) or (counts < 0).any():
