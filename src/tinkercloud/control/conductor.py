@@ -62,6 +62,11 @@ class Conductor:
         self._runs[record.model_id] = TrainingRun(record, order, self._ledger, self._data_dir)
         self._work.set()
 
+    def lacks_before(self, model_id: str, seq_id: int) -> bool:
+        """Whether an operation of a run before this one has not arrived yet."""
+        run = self._runs.get(model_id)
+        return run is not None and run.order.lacks_before(seq_id)
+
     def accept(self, entry: Entry) -> None:
         """An entry is in the ledger: run it when its turn comes."""
         run = self._runs.get(entry.stream)

@@ -1,0 +1,136 @@
+"""A training run of the official SDK that can also send what the SDK never would, at seq_ids that the SDK counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+import tinker
+from tinker import types
+from tinker.proto import tinker_public_pb2 as pb
+from tinker.proto.request_conv import forward_backward_request_to_proto
+
+NANO = "tinkercloud/nano"
+PROTOBUF = {"content-type": "application/x-protobuf"}
+PATIENCE = 60
+"""Seconds after which something that should have ended is stuck."""
+
+
+class Refusal(NamedTuple):
+    status: int
+    detail: str
+
+
+def datum(*tokens: int, **inputs: Any) -> types.Datum:
+    """A cross_entropy datum: every token predicts the next one, the last one predicts 5. `inputs` replace or add to
+    what the loss reads; None leaves one out."""
+    given = {
+        "target_tokens": np.array([*tokens[1:], 5], np.int64),
+        "weights": np.ones(len(tokens), np.float32),
+        **inputs,
+    }
+    return types.Datum(
+        model_input=types.ModelInput.from_ints(list(tokens)),
+        loss_fn_inputs={name: values for name, values in given.items() if values is not None},
+    )
+
+
+GOOD = [datum(10, 11, 12, 13), datum(40, 41)]
+
+
+class Run:
+    """One training run in a session of its own."""
+
+    def __init__(self, url: str, base_model: str = NANO, rank: int = 4, seed: int = 1):
+        self.url = url
+        self.http = httpx.Client(base_url=f"{url}/api/v1", timeout=PATIENCE)
+        self.service = tinker.ServiceClient(base_url=url, api_key="tml-test")
+        created = self.service.create_lora_training_client(base_model=base_model, rank=rank, seed=seed)
+        self.sdk = created.result(PATIENCE)
+        self.id = self.sdk.get_info().model_id
+        self.session = self.id.split(":")[0]
+
+    def close(self) -> None:
+        self.service.holder.close()
+        self.http.close()
+
+    def seq(self) -> int:
+        """The next seq_id; the SDK goes on behind it."""
+        number = self.sdk._get_request_id()
+
+        async def take_turn() -> None:
+            async with self.sdk._take_turn(number):
+                pass
+
+        self.service.holder.run_coroutine_threadsafe(take_turn()).result(PATIENCE)
+        return number + 1
+
+    # ------------------------------------------------------------ by hand
+
+    def message(self, data: list[types.Datum] = GOOD, loss: str = "cross_entropy", seq_id: int | None = None) -> Any:
+        """The SDK's own protobuf of a forward_backward."""
+        batch = types.ForwardBackwardInput(data=data, loss_fn=loss)  # type: ignore[arg-type]
+        seq_id = self.seq() if seq_id is None else seq_id
+        return forward_backward_request_to_proto(types.ForwardBackwardRequest(batch, self.id, seq_id))
+
+    def send(self, message: pb.ForwardBackwardRequest | bytes, **headers: str) -> httpx.Response:
+        body = message if isinstance(message, bytes) else message.SerializeToString()
+        return self.http.post("forward_backward", content=body, headers={**PROTOBUF, **headers})
+
+    def post(self, route: str, /, **body: Any) -> httpx.Response:
+        """JSON to a route, of this training run unless `body` says otherwise."""
+        return self.http.post(route, json={"model_id": self.id, **body})
+
+    def result(self, request_id: str) -> dict[str, Any]:
+        """The JSON of a future, polled as the SDK does."""
+        for _ in range(PATIENCE):
+            answer = self.http.post("retrieve_future", json={"request_id": request_id})
+            if answer.status_code != 408:
+                assert answer.status_code == 200, answer.text
+                return answer.json()
+        raise AssertionError(f"{request_id} does not end")
+
+    # ------------------------------------------------------------ with the SDK
+
+    def step(self, data: list[types.Datum] = GOOD, learning_rate: float = 1e-3) -> float:
+        """A batch and an optimizer step, pipelined as the SDK's users do it; the loss."""
+        batch = self.sdk.forward_backward(data, "cross_entropy")
+        step = self.sdk.optim_step(types.AdamParams(learning_rate=learning_rate))
+        loss = batch.result(PATIENCE).metrics["loss:sum"]
+        step.result(PATIENCE)
+        return loss
+
+    def trains_on(self) -> None:
+        assert math.isfinite(self.step())
+
+    def step_fails(self) -> None:
+        """The next step lacks a part of its batch: it fails, says so, and clears the gradient."""
+        try:
+            self.sdk.optim_step(types.AdamParams()).result(PATIENCE)
+        except tinker.RequestFailedError as error:
+            assert error.category == types.RequestErrorCategory.User
+            assert "lack its part" in str(error) and "send the whole batch again" in str(error)
+        else:
+            raise AssertionError("a step on half a batch was applied")
+
+
+def refusal_of(answer: httpx.Response) -> Refusal:
+    """A refusal as every client can read it."""
+    assert answer.headers["content-type"] == "application/json", answer.text
+    body = answer.json()
+    assert list(body) == ["detail"] and isinstance(body["detail"], str) and body["detail"], answer.text
+    return Refusal(answer.status_code, body["detail"])
+
+
+def refused(attempt: Callable[..., Any], *arguments: Any, **options: Any) -> Refusal:
+    """The refusal that a call meets, of the SDK or by hand."""
+    try:
+        answer = attempt(*arguments, **options)
+        answer = answer.result(PATIENCE) if hasattr(answer, "result") else answer
+    except tinker.APIStatusError as error:
+        return refusal_of(error.response)
+    assert isinstance(answer, httpx.Response), f"the server took it: {answer}"
+    return refusal_of(answer)

@@ -1,0 +1,467 @@
+"""Whatever a client sends: a 4xx with a sentence, nothing after it is stuck, and the same run trains on."""
+
+import math
+import shutil
+import socket
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from tinker import types
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.e2e.by_hand import GOOD, NANO, PATIENCE, Run, datum, refusal_of, refused
+from tests.serving import Server
+from tinkercloud.nano import FOLDER
+
+OTHER = "other/tiny"
+OTHER_VOCABULARY = 2176
+CONTEXT = 256
+LIMITS = {"max_body_bytes": 100_000, "max_decompressed_bytes": 1_000_000, "poll_seconds": 2}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The embedded model, and another with a larger vocabulary, behind small limits."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(
+        LlamaConfig(**shape, vocab_size=OTHER_VOCABULARY, max_position_embeddings=CONTEXT, eos_token_id=1)
+    ).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(FOLDER / name, folder)
+    options = [part for name, value in LIMITS.items() for part in ("--set", f"{name}={value}")]
+    models = ("--model", NANO, "--model", f"{OTHER}={folder}")
+    data_dir = tmp_path_factory.mktemp("bad-input") / "data"
+    with Server(data_dir, *models, "--max-rank", "16", "--max-context", str(CONTEXT), *options) as running:
+        yield running
+        assert "crashed" not in running.log.read_text(), "no request may end in the last net"
+
+
+@pytest.fixture(scope="module")
+def run(server):
+    """A training run that survives everything here."""
+    made = Run(server.url)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def other(server):
+    """A training run on the other base model, with a checkpoint."""
+    made = Run(server.url, OTHER)
+    made.path = made.sdk.save_state("elsewhere").result(PATIENCE).path
+    yield made
+    made.close()
+
+
+def numbers(*values, dtype=np.float32):
+    return np.array(values, dtype)
+
+
+# ---------------------------------------------------------------- batches
+
+
+POLICY = {"weights": None, "logprobs": numbers(-1, -1), "advantages": numbers(1, 1)}
+
+BATCHES = {  # what is wrong: (data, loss, its config, what the sentence says)
+    "unknown loss": ([datum(1, 2)], "nonsense", None, "cross_entropy"),
+    "empty loss": ([datum(1, 2)], "", None, "cross_entropy"),
+    "unknown config key": ([datum(1, 2, **POLICY)], "ppo", {"clip_ratio": 0.2}, "clip_low_threshold"),
+    "config of a loss without one": ([datum(1, 2)], "cross_entropy", {"beta": 1.0}, "beta"),
+    "config that is text": ([datum(1, 2, **POLICY)], "ppo", {"clip_low_threshold": "low"}, "finite number"),
+    "config that is NaN": ([datum(1, 2, **POLICY)], "ppo", {"clip_low_threshold": math.nan}, "finite number"),
+    "config that is infinite": ([datum(1, 2, **POLICY)], "ppo", {"clip_high_threshold": math.inf}, "finite number"),
+    "bounds that exclude all": ([datum(1, 2, **POLICY)], "ppo", {"clip_low_threshold": 3.0}, "low <= high"),
+    "missing targets": ([datum(1, 2, target_tokens=None)], "cross_entropy", None, "target_tokens"),
+    "missing weights": ([datum(1, 2, weights=None)], "cross_entropy", None, "weights"),
+    "missing logprobs": ([datum(1, 2, **POLICY | {"logprobs": None})], "importance_sampling", None, "logprobs"),
+    "missing advantages": ([datum(1, 2, **POLICY | {"advantages": None})], "ppo", None, "advantages"),
+    "an input of another loss": ([datum(1, 2, advantages=numbers(1, 1))], "cross_entropy", None, "advantages"),
+    "input id outside": ([datum(1, 2048)], "cross_entropy", None, "0 to 2047"),
+    "input id negative": ([datum(-1, 2)], "cross_entropy", None, "-1"),
+    "input id beyond the tokenizer": ([datum(1, 2**31 - 1)], "cross_entropy", None, "2147483647"),
+    "target outside": ([datum(1, 2, target_tokens=np.array([1, 2048]))], "cross_entropy", None, "2048"),
+    "target -100": ([datum(1, 2, target_tokens=np.array([1, -100]))], "cross_entropy", None, "-100"),
+    "target beyond 32 bits": ([datum(1, 2, target_tokens=np.array([1, 2**40]))], "cross_entropy", None, str(2**40)),
+    "fewer targets": ([datum(1, 2, 3, target_tokens=np.array([2, 3]), weights=numbers(1, 1))], "cross_entropy", None,
+                      "3 tokens and target_tokens 2"),
+    "more targets": ([datum(1, target_tokens=np.array([2, 3]), weights=numbers(1, 1))], "cross_entropy", None,
+                     "1 tokens and target_tokens 2"),
+    "no tokens": ([datum(target_tokens=np.array([], np.int64))], "cross_entropy", None, "1 to 256 tokens"),
+    "no targets": ([datum(1, 2, target_tokens=np.array([], np.int64))], "cross_entropy", None, "target_tokens 0"),
+    "fewer weights": ([datum(1, 2, weights=numbers(1))], "cross_entropy", None, "shape"),
+    "flat weights of a table": ([datum(1, 2, target_tokens=np.ones((2, 2), np.int64))], "cross_entropy", None, "shape"),
+    "a table for a policy loss": (
+        [datum(1, 2, target_tokens=np.ones((2, 1), np.int64), **POLICY)], "ppo", None, "integers [N]"),
+    "a table without columns": (
+        [datum(1, 2, target_tokens=np.ones((2, 0), np.int64), weights=np.ones((2, 0), np.float32))],
+        "cross_entropy", None, "[2, 0]"),
+    "a cube": ([datum(1, target_tokens=np.ones((1, 1, 1), np.int64), weights=np.ones((1, 1, 1), np.float32))],
+               "cross_entropy", None, "[1, 1, 1]"),
+    "float targets": ([datum(1, 2, target_tokens=numbers(1, 2))], "cross_entropy", None, "int64"),
+    "integer weights": ([datum(1, 2, weights=np.array([1, 1]))], "cross_entropy", None, "float32"),
+    "NaN weight": ([datum(1, 2, weights=numbers(1, math.nan))], "cross_entropy", None, "NaN"),
+    "infinite advantage": ([datum(1, 2, **POLICY | {"advantages": numbers(1, -math.inf)})], "ppo", None, "infinite"),
+    "NaN logprob": ([datum(1, 2, **POLICY | {"logprobs": numbers(math.nan, -1)})], "ppo", None, "NaN"),
+    "context overflow": ([datum(*range(1, CONTEXT + 2))], "cross_entropy", None, f"1 to {CONTEXT} tokens"),
+    "one bad datum of several": ([*GOOD, datum(1, 9999)], "cross_entropy", None, "datum 2"),
+    "an image": ([types.Datum(
+        model_input=types.ModelInput(chunks=[types.ImageChunk(data=b"x", format="png")]),
+        loss_fn_inputs=datum(1, 2).loss_fn_inputs)], "cross_entropy", None, "text only"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_batch(run, name):
+    data, loss, config, says = BATCHES[name]
+    refusals = set()
+    for _ in range(2):
+        refusals.add(refused(run.sdk.forward_backward, data, loss, config))
+        run.step_fails()
+    run.trains_on()
+    refusals.add(refused(run.sdk.forward, data, loss, config))
+    run.trains_on()  # a forward adds no gradient, so nothing is lacking
+    ((status, detail),) = refusals
+    assert status == 400 and says in detail
+
+
+# ---------------------------------------------------------------- bodies
+
+
+def deflated(body: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(body)
+
+
+ZSTD = {"content-encoding": "zstd"}
+LARGE = [datum(*range(1, 200))] * 40
+
+BODIES = {  # what is wrong: (status, the body of a good message, headers, whether it still says whose it is)
+    "not protobuf behind the address": (400, lambda good: good[:60] + b"\xff" * 60, {}, True),
+    "protobuf that is cut short": (400, lambda good: good[:-3], {}, True),
+    "nothing": (404, lambda good: b"", {}, False),
+    "noise": (400, lambda good: bytes(range(256)), {}, False),
+    "protobuf called JSON": (400, lambda good: good, {"content-type": "application/json"}, False),
+    "protobuf without a content-type": (400, lambda good: good, {"content-type": ""}, False),
+    "not zstd": (400, lambda good: good, ZSTD, False),
+    "zstd that is cut short": (400, lambda good: deflated(good + bytes(range(256)) * 900)[:-9], ZSTD, True),
+    "zstd of noise": (400, lambda good: deflated(b"\xff" * 1000), ZSTD, False),
+    "zstd of nothing": (400, lambda good: b"", ZSTD, False),
+    "a zstd bomb": (413, lambda good: deflated(good + bytes(10**8)), ZSTD, True),
+    "another encoding": (400, lambda good: good, {"content-encoding": "br"}, False),
+    "too large": (413, lambda good: good + bytes(100_001), {}, True),
+    "far too large": (413, lambda good: good + bytes(20_000_000), {}, True),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_body(run, name):
+    status, damage, headers, addressed = BODIES[name]
+    seq_id = run.seq()
+    body = damage(run.message(seq_id=seq_id).SerializeToString())
+    first, second = (refused(run.send, body, **headers) for _ in range(2))
+    assert first == second and first.status == status
+    if not addressed:
+        assert run.send(run.message(seq_id=seq_id)).status_code == 200, "its seq_id is still free"
+        run.trains_on()
+        return
+    assert refused(run.send, run.message(seq_id=seq_id)).detail == first.detail, "its seq_id is used up"
+    run.step_fails()
+    run.trains_on()
+
+
+TEXTS = {
+    "not JSON": b"hello",
+    "no object": b"[1]",
+    "half": b'{"seq_id": 1, ',
+    "NaN": b'{"adam_params": {"learning_rate": NaN}}',
+    "not UTF-8": b'{"a": "\xff"}',
+    "half a surrogate": b'{"a": "\\ud800"}',
+    "too deep": b'{"a": ' + b"[" * 40_000 + b"]" * 40_000 + b"}",
+    "a huge number": b'{"a": ' + b"9" * 40_000 + b"}",
+    "UTF-16": '{"a": 1}'.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_that_is_no_json(run, name):
+    for route in ("optim_step", "forward", "save_weights", "asample", "create_session", "retrieve_future", "telemetry"):
+        answer = run.http.post(route, content=TEXTS[name], headers={"content-type": "application/json"})
+        assert refusal_of(answer).status == 400, route
+    run.trains_on()
+
+
+def test_a_client_that_hangs_up_in_the_middle_of_a_body(run, server):
+    seq_id = run.seq()
+    body = run.message(seq_id=seq_id).SerializeToString()
+    head = "POST /api/v1/forward_backward HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-protobuf\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as line:
+        line.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body[:-5])
+    assert run.send(body).status_code == 200, "what did not arrive is not refused: the SDK sends it again"
+    run.trains_on()
+
+
+# ---------------------------------------------------------------- JSON operations
+
+
+STEPS = {
+    "negative learning rate": ({"adam_params": {"learning_rate": -1e-4}}, "learning_rate"),
+    "text learning rate": ({"adam_params": {"learning_rate": "fast"}}, "learning_rate"),
+    "learning rate beyond float32": ({"adam_params": {"learning_rate": 1e300}}, "learning_rate"),
+    "beta1 of 1": ({"adam_params": {"beta1": 1.0}}, "beta1"),
+    "negative beta2": ({"adam_params": {"beta2": -0.1}}, "beta2"),
+    "negative eps": ({"adam_params": {"eps": -1e-8}}, "eps"),
+    "negative weight decay": ({"adam_params": {"weight_decay": -0.1}}, "weight_decay"),
+    "negative clipping": ({"adam_params": {"grad_clip_norm": -1.0}}, "grad_clip_norm"),
+    "unknown option": ({"adam_params": {"momentum": 0.9}}, "momentum"),
+    "no params": ({}, "adam_params"),
+    "params that are a list": ({"adam_params": [1e-4]}, "adam_params"),
+    "another optimizer": ({"optimizer_params": {"type": "dimuon", "learning_rate": 1.0}}, "adamw"),
+    "another optimizer, as the SDK sends it": ({"optim_params": {"type": "dimuon", "learning_rate": 1.0}}, "dimuon"),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_an_optimizer_step(run, name):
+    params, says = STEPS[name]
+    repeats = [run.seq()] * 2
+    first, second = (refused(run.post, "optim_step", seq_id=seq_id, **params) for seq_id in repeats)
+    assert first == second and first.status == 400 and says in first.detail
+    run.trains_on()
+
+
+@pytest.mark.parametrize(("field", "value"), [("learning_rate", math.nan), ("beta2", math.inf), ("eps", math.nan)])
+def test_an_optimizer_step_with_numbers_that_json_has_not(run, field, value):
+    step = refused(run.sdk.optim_step, types.AdamParams(**{field: value}))
+    assert step.status == 400
+    run.trains_on()
+
+
+NAMES = ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "a b", "x" * 129, "-rf", "ü", "a\0b", "a\n", "~", "..a"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name(run, name):
+    for save in (run.sdk.save_state, run.sdk.save_weights_for_sampler):
+        first, second = (refused(save, name) for _ in range(2))
+        assert first == second and first.status == 400 and "name" in first.detail
+    run.trains_on()
+
+
+def test_a_time_to_live(run):
+    for seconds in (0, -1, 59, 2**62):
+        assert "ttl_seconds" in refused(run.sdk.save_state, "x", ttl_seconds=seconds).detail
+    run.trains_on()
+
+
+def test_a_checkpoint_that_cannot_be_loaded(run, other):
+    missing = f"tinker://{run.id}/weights/nothing"
+    shapes = run.service.create_lora_training_client(base_model=NANO, rank=2).result(PATIENCE)
+    smaller = shapes.save_state("smaller").result(PATIENCE).path
+    sampler_only = run.sdk.save_weights_for_sampler("no-optimizer").result(PATIENCE).path
+    cases = [
+        (missing, 404, missing),
+        (f"tinker://{run.id}/weights/..", 404, "no checkpoint"),
+        ("/etc/passwd", 400, "tinker://"),
+        ("", 400, "tinker://"),
+        ("tinker://x/weights/y/z", 400, "tinker://"),
+        (other.path, 400, OTHER),
+        (smaller, 400, "rank=2"),
+    ]
+    for path, status, says in cases:
+        first, second = (refused(run.sdk.load_state, path) for _ in range(2))
+        assert first == second and first.status == status and says in first.detail, path
+        if not path.startswith((other.path, smaller)):
+            fresh = refused(run.service.create_training_client_from_state, path)
+            assert fresh.status == status and says in fresh.detail, path
+    assert "optimizer" in refused(run.sdk.load_state_with_optimizer, sampler_only).detail
+    run.trains_on()
+    other.trains_on()
+
+
+# ---------------------------------------------------------------- what training runs are made of
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "says"),
+    [
+        ({"base_model": "nobody/nothing"}, 404, OTHER),
+        ({"base_model": ""}, 404, NANO),
+        ({"rank": 0}, 400, "positive"),
+        ({"rank": -8}, 400, "positive"),
+        ({"rank": 17}, 400, "exceeds max LoRA rank 16"),
+        ({"rank": 2**70}, 400, "exceeds max LoRA rank 16"),
+        ({"optimizer": types.DimuonOptimizerConfig()}, 400, "dimuon"),
+    ],
+)
+def test_a_training_run(run, given, status, says):
+    create = run.service.create_lora_training_client
+    first, second = (refused(create, **{"base_model": NANO, "rank": 4} | given) for _ in range(2))
+    assert first == second and first.status == status and says in first.detail
+    run.trains_on()
+
+
+def test_a_training_run_without_a_trainable_part(run):
+    parts = {"rank": 4, "train_mlp": False, "train_attn": False, "train_unembed": False}
+    made = {"session_id": run.session, "model_seq_id": 99, "base_model": NANO}
+    assert "nothing to train" in refused(run.post, "create_model", **made, lora_config=parts).detail
+    assert "lora_config is required" in refused(run.post, "create_model", **made).detail
+    run.trains_on()
+
+
+# ---------------------------------------------------------------- samples
+
+
+def sampling(**params):
+    return types.SamplingParams(max_tokens=params.pop("max_tokens", 4), **params)
+
+
+SAMPLES = {  # what is wrong: (prompt, sampling params, number of samples, what the sentence says)
+    "no prompt": ([], sampling(), 1, "at least one token"),
+    "an id outside": ([1, 2048], sampling(), 1, "0 to 2047"),
+    "a negative id": ([-5], sampling(), 1, "-5"),
+    "no room": ([1] * CONTEXT, sampling(), 1, "context window"),
+    "too many tokens": ([1] * 200, sampling(max_tokens=57), 1, "200 + 57 > 256"),
+    "no tokens": ([1], sampling(max_tokens=0), 1, "max_tokens"),
+    "negative temperature": ([1], sampling(temperature=-0.5), 1, "temperature"),
+    "top_p of 0": ([1], sampling(top_p=0.0), 1, "top_p"),
+    "top_p above 1": ([1], sampling(top_p=1.5), 1, "top_p"),
+    "top_k of 0": ([1], sampling(top_k=0), 1, "top_k"),
+    "top_k of -2": ([1], sampling(top_k=-2), 1, "top_k"),
+    "no samples": ([1], sampling(), 0, "num_samples"),
+    "too many samples": ([1], sampling(), 10**6, "num_samples"),
+    "an empty stop": ([1], sampling(stop=[""]), 1, "empty text"),
+    "a stop outside": ([1], sampling(stop=[2048]), 1, "2048"),
+    "too many stops": ([1], sampling(stop=["x"] * 1000), 1, "1000 entries"),
+}
+
+
+@pytest.fixture(scope="module")
+def sampler(run):
+    return run.service.create_sampling_client(base_model=NANO).result(PATIENCE)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_sample(run, sampler, name):
+    prompt, params, count, says = SAMPLES[name]
+    prompt = types.ModelInput.from_ints(prompt)
+    first, second = (refused(sampler.sample, prompt, count, params) for _ in range(2))
+    assert first == second and first.status == 400 and says in first.detail
+    good = sampler.sample(types.ModelInput.from_ints([1, 2]), 1, sampling(stop=[])).result(PATIENCE)
+    assert len(good.sequences[0].tokens) == 4
+    run.trains_on()
+
+
+def test_a_sampler(run, other):
+    of_run = f"tinker://{run.id}/sampler_weights/nothing"
+    create = run.service.create_sampling_client
+    assert refused(create, model_path=of_run) == refused(create, model_path=of_run)
+    assert refused(create, model_path=of_run).status == 404
+    by_hand = {"session_id": run.session, "sampling_session_seq_id": 99}
+    assert refused(run.post, "create_sampling_session", **by_hand, model_path="../../etc/passwd").status == 400
+    assert refused(run.post, "create_sampling_session", **by_hand).status == 400
+    assert refused(create, base_model="nobody/nothing").status == 404
+    assert OTHER in refused(create, model_path=other.path, base_model=NANO).detail
+    prompt = {"prompt": {"chunks": [{"type": "encoded_text", "tokens": [1]}]}}
+    assert refused(run.http.post, "asample", json=prompt | {"sampling_session_id": "x"}).status == 404
+    assert "nothing to sample from" in refused(run.http.post, "asample", json=prompt).detail
+    run.trains_on()
+
+
+# ---------------------------------------------------------------- wrong types, field by field
+
+
+FIELDS = {
+    "create_session": {"tags": [], "sdk_version": "x", "user_metadata": {}, "display_name": "x", "project_id": "x"},
+    "session_heartbeat": {"session_id": "x"},
+    "create_model": {"session_id": "x", "model_seq_id": 3, "base_model": NANO, "lora_config": {"rank": 1}},
+    "get_info": {"model_id": "x"},
+    "optim_step": {"model_id": "x", "seq_id": 1, "adam_params": {}},
+    "forward_backward": {"model_id": "x", "seq_id": 1, "forward_backward_input": {"data": [], "loss_fn": "x"}},
+    "forward": {"model_id": "x", "seq_id": 1, "forward_input": {"data": [], "loss_fn": "x"}},
+    "save_weights": {"model_id": "x", "seq_id": 1, "path": "x", "ttl_seconds": 3600, "overwrite": False},
+    "save_weights_for_sampler": {"model_id": "x", "seq_id": 1, "path": "x", "ttl_seconds": 3600},
+    "load_weights": {"model_id": "x", "seq_id": 1, "path": "tinker://x/weights/x", "optimizer": True},
+    "weights_info": {"tinker_path": "tinker://x/weights/x"},
+    "unload_model": {"model_id": "x"},
+    "create_sampling_session": {"session_id": "x", "sampling_session_seq_id": 1, "base_model": NANO},
+    "asample": {"sampling_session_id": "x", "seq_id": 1, "prompt": {"chunks": []}, "num_samples": 1,
+                "sampling_params": {"temperature": 1.0, "stop": None, "seed": 1, "max_tokens": 1}},
+    "join_sampling_session": {"sampling_session_id": "x"},
+    "retrieve_future": {"request_id": "x", "allow_metadata_only": False},
+    "retrieve_futures": {"target": {"sampling_session_id": "x"}, "prev_cursor": 0, "timeout": 0},
+    "cancel_future": {"request_id": "x"},
+}  # fmt: skip
+WRONG = [None, -1, 2**200, 1e308, "\0", [], [[]], {}, {"a": {"b": []}}, True]
+
+
+@pytest.fixture(scope="module")
+def victim(server):
+    """A run that is only written to by hand, without seq_ids of its own."""
+    made = Run(server.url)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("route", FIELDS)
+def test_the_type_of_each_field(victim, route):
+    mine = {"model_id": victim.id, "session_id": victim.session}
+    for field in FIELDS[route]:
+        for wrong in WRONG:
+            sound = {name: mine.get(name, value) for name, value in FIELDS[route].items() if name != "seq_id"}
+            answer = victim.http.post(route, json={**sound, field: wrong})
+            assert answer.status_code < 500, f"{field}={wrong!r}: {answer.text}"
+            if answer.status_code != 200:
+                assert refusal_of(answer).status in (400, 404), f"{field}={wrong!r}"
+    inputs = {
+        "target_tokens": {"data": [2, 3], "dtype": "int64"},
+        "weights": {"data": [1, 1], "dtype": "float32"},
+    }
+    data = [{"model_input": {"chunks": [{"tokens": [1, 2], "type": "encoded_text"}]}, "loss_fn_inputs": inputs}]
+    batch = {"data": data, "loss_fn": "cross_entropy"}
+    sent = victim.post("forward_backward", forward_backward_input=batch).json()
+    stepped = victim.post("optim_step", adam_params={}).json()
+    assert math.isfinite(victim.result(sent["request_id"])["metrics"]["loss:sum"])
+    assert "metrics" in victim.result(stepped["request_id"])
+
+
+# ---------------------------------------------------------------- sessions and futures
+
+
+def test_what_is_not_there(run):
+    for route, body in [
+        ("create_model", {"session_id": "none", "model_seq_id": 0, "base_model": NANO, "lora_config": {"rank": 1}}),
+        ("session_heartbeat", {"session_id": "none"}),
+        ("sessions/none/finish", {"reason": {"type": "success"}}),
+        ("get_info", {"model_id": "none"}),
+        ("optim_step", {"model_id": "none", "seq_id": 1, "adam_params": {}}),
+        ("retrieve_future", {"request_id": "none"}),
+        ("retrieve_future", {"request_id": f"{run.id}:999999999"}),
+        ("retrieve_futures", {"target": {"sampling_session_id": "none"}}),
+        ("weights_info", {"tinker_path": "tinker://none/weights/none"}),
+        ("no_such_route", {}),
+    ]:
+        first, second = (refused(run.post, route, **body) for _ in range(2))
+        assert first == second and first.status == 404, route
+    assert "Session not found" in refused(run.post, "session_heartbeat", session_id="none").detail
+    run.trains_on()
+
+
+def test_a_session_that_has_finished(server, run):
+    finished = Run(server.url)
+    finished.http.post(f"sessions/{finished.session}/finish", json={"reason": {"type": "success"}})
+    for route, body in [
+        ("session_heartbeat", {"session_id": finished.session}),
+        ("create_model", {"session_id": finished.session, "model_seq_id": 9, "base_model": NANO,
+                          "lora_config": {"rank": 1}}),
+        ("create_sampling_session", {"session_id": finished.session, "sampling_session_seq_id": 9,
+                                     "base_model": NANO}),
+    ]:  # fmt: skip
+        first, second = (refused(finished.post, route, **body) for _ in range(2))
+        assert first == second and first.status == 410 and "ServiceClient" in first.detail, route
+    step = refused(finished.post, "optim_step", seq_id=1, adam_params={})
+    assert step.status in (404, 410)
+    finished.close()
+    run.trains_on()
