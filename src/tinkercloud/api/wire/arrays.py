@@ -64,7 +64,7 @@ def dense_from_csr(
     where: str,
 ) -> np.ndarray:
     """A sparse CSR matrix with zeros where nothing is listed."""
-    if not shape or len(shape) != 2 or min(shape) < 0 or max(shape) >= 2**31:
+    if not shape or len(shape) != 2 or min(shape) < 0:
         raise InvalidRequest(f"{where}: a sparse tensor needs a shape [rows, columns], not {list(shape or [])!s:.200}")
     rows, columns = shape
     counts = np.diff(crow)
@@ -76,7 +76,7 @@ def dense_from_csr(
         raise InvalidRequest(
             f"{where}: sparse_col_indices must be {len(values)} columns, one for each value, from 0 to {columns - 1}"
         )
-    budget.take(rows * columns * values.itemsize, where)
+    budget.take(max(rows, 1) * max(columns, 1) * values.itemsize, where)  # an empty one can have a long side, too
     row = np.repeat(np.arange(rows), counts)
     if (np.diff(row * columns + col) <= 0).any():
         raise InvalidRequest(f"{where}: the columns of a row in sparse_col_indices must ascend, each once")
