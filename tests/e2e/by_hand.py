@@ -40,6 +40,47 @@ def datum(*tokens: int, **inputs: Any) -> types.Datum:
 
 GOOD = [datum(10, 11, 12, 13), datum(40, 41)]
 
+BATCH = {
+    "data": [
+        {
+            "model_input": {"chunks": [{"tokens": [1, 2], "type": "encoded_text"}]},
+            "loss_fn_inputs": {
+                "target_tokens": {"data": [2, 3], "dtype": "int64", "shape": [2]},
+                "weights": {"data": [1.0, 1.0], "dtype": "float32", "shape": [2]},
+            },
+        }
+    ],
+    "loss_fn": "cross_entropy",
+    "loss_fn_config": None,
+}
+SOUND = {
+    "create_session": {"tags": [], "sdk_version": "x", "user_metadata": {}, "display_name": "x", "project_id": "x"},
+    "session_heartbeat": {"session_id": "x"},
+    "create_model": {"session_id": "x", "model_seq_id": 3, "base_model": NANO, "lora_config": {"rank": 1}},
+    "get_info": {"model_id": "x"},
+    "optim_step": {"model_id": "x", "seq_id": 1, "adam_params": {}},
+    "forward_backward": {"model_id": "x", "seq_id": 1, "forward_backward_input": BATCH},
+    "forward": {"model_id": "x", "seq_id": 1, "forward_input": BATCH},
+    "save_weights": {"model_id": "x", "seq_id": 1, "path": "x", "ttl_seconds": 3600, "overwrite": False},
+    "save_weights_for_sampler": {"model_id": "x", "seq_id": 1, "path": "x", "ttl_seconds": 3600},
+    "load_weights": {"model_id": "x", "seq_id": 1, "path": "tinker://x/weights/x", "optimizer": True},
+    "weights_info": {"tinker_path": "tinker://x/weights/x"},
+    "unload_model": {"model_id": "x"},
+    "create_sampling_session": {"session_id": "x", "sampling_session_seq_id": 1, "base_model": NANO},
+    "asample": {
+        "sampling_session_id": "x",
+        "seq_id": 1,
+        "prompt": {"chunks": [{"tokens": [1], "type": "encoded_text"}]},
+        "num_samples": 1,
+        "sampling_params": {"temperature": 1.0, "stop": None, "seed": 1, "max_tokens": 1},
+    },
+    "join_sampling_session": {"sampling_session_id": "x"},
+    "retrieve_future": {"request_id": "x", "allow_metadata_only": False},
+    "retrieve_futures": {"target": {"sampling_session_id": "x"}, "prev_cursor": 0, "timeout": 0},
+    "cancel_future": {"request_id": "x"},
+}
+"""A JSON body of each route that is right, except for whom it is of."""
+
 
 class Run:
     """One training run in a session of its own."""

@@ -11,7 +11,7 @@ import zstandard
 from tinker import types
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.e2e.by_hand import GOOD, NANO, PATIENCE, Run, datum, refusal_of, refused
+from tests.e2e.by_hand import BATCH, GOOD, NANO, PATIENCE, SOUND, Run, datum, refusal_of, refused
 from tests.serving import Server
 from tinkercloud.nano import FOLDER
 
@@ -373,27 +373,6 @@ def test_a_sampler(run, other):
 # ---------------------------------------------------------------- wrong types, field by field
 
 
-FIELDS = {
-    "create_session": {"tags": [], "sdk_version": "x", "user_metadata": {}, "display_name": "x", "project_id": "x"},
-    "session_heartbeat": {"session_id": "x"},
-    "create_model": {"session_id": "x", "model_seq_id": 3, "base_model": NANO, "lora_config": {"rank": 1}},
-    "get_info": {"model_id": "x"},
-    "optim_step": {"model_id": "x", "seq_id": 1, "adam_params": {}},
-    "forward_backward": {"model_id": "x", "seq_id": 1, "forward_backward_input": {"data": [], "loss_fn": "x"}},
-    "forward": {"model_id": "x", "seq_id": 1, "forward_input": {"data": [], "loss_fn": "x"}},
-    "save_weights": {"model_id": "x", "seq_id": 1, "path": "x", "ttl_seconds": 3600, "overwrite": False},
-    "save_weights_for_sampler": {"model_id": "x", "seq_id": 1, "path": "x", "ttl_seconds": 3600},
-    "load_weights": {"model_id": "x", "seq_id": 1, "path": "tinker://x/weights/x", "optimizer": True},
-    "weights_info": {"tinker_path": "tinker://x/weights/x"},
-    "unload_model": {"model_id": "x"},
-    "create_sampling_session": {"session_id": "x", "sampling_session_seq_id": 1, "base_model": NANO},
-    "asample": {"sampling_session_id": "x", "seq_id": 1, "prompt": {"chunks": []}, "num_samples": 1,
-                "sampling_params": {"temperature": 1.0, "stop": None, "seed": 1, "max_tokens": 1}},
-    "join_sampling_session": {"sampling_session_id": "x"},
-    "retrieve_future": {"request_id": "x", "allow_metadata_only": False},
-    "retrieve_futures": {"target": {"sampling_session_id": "x"}, "prev_cursor": 0, "timeout": 0},
-    "cancel_future": {"request_id": "x"},
-}  # fmt: skip
 WRONG = [None, -1, 2**200, 1e308, "\0", [], [[]], {}, {"a": {"b": []}}, True]
 
 
@@ -405,23 +384,17 @@ def victim(server):
     made.close()
 
 
-@pytest.mark.parametrize("route", FIELDS)
+@pytest.mark.parametrize("route", SOUND)
 def test_the_type_of_each_field(victim, route):
     mine = {"model_id": victim.id, "session_id": victim.session}
-    for field in FIELDS[route]:
+    for field in SOUND[route]:
         for wrong in WRONG:
-            sound = {name: mine.get(name, value) for name, value in FIELDS[route].items() if name != "seq_id"}
+            sound = {name: mine.get(name, value) for name, value in SOUND[route].items() if name != "seq_id"}
             answer = victim.http.post(route, json={**sound, field: wrong})
             assert answer.status_code < 500, f"{field}={wrong!r}: {answer.text}"
             if answer.status_code != 200:
                 assert refusal_of(answer).status in (400, 404), f"{field}={wrong!r}"
-    inputs = {
-        "target_tokens": {"data": [2, 3], "dtype": "int64"},
-        "weights": {"data": [1, 1], "dtype": "float32"},
-    }
-    data = [{"model_input": {"chunks": [{"tokens": [1, 2], "type": "encoded_text"}]}, "loss_fn_inputs": inputs}]
-    batch = {"data": data, "loss_fn": "cross_entropy"}
-    sent = victim.post("forward_backward", forward_backward_input=batch).json()
+    sent = victim.post("forward_backward", forward_backward_input=BATCH).json()
     stepped = victim.post("optim_step", adam_params={}).json()
     assert math.isfinite(victim.result(sent["request_id"])["metrics"]["loss:sum"])
     assert "metrics" in victim.result(stepped["request_id"])
