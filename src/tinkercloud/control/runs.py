@@ -104,11 +104,13 @@ class TrainingRuns:
         """Record a refusal at its seq_id, so that what comes after it runs. None without a seq_id that can be one."""
         if seq_id is None or not 0 <= seq_id <= _last_possible(model):
             return None
-        ahead = self._models.get(model.base_model).conductor.lacks_before(model.model_id, seq_id)
+        served = model.base_model in self._models
+        ahead = served and self._models.get(model.base_model).conductor.lacks_before(model.model_id, seq_id)
         entry = await self._ledger.append(
             model.model_id, seq_id, kind, b"", refusal=Failure(error, "user"), details={AHEAD: True} if ahead else {}
         )
-        self._accept(model, entry)
+        if served:
+            self._accept(model, entry)
         return entry
 
     async def save_weights(
@@ -221,6 +223,7 @@ class TrainingRuns:
                 f"seq_id {seq_id} is too far ahead: the next one of {model.model_id} is {model.applied_seq + 1}, and "
                 f"at most {MAX_AHEAD} may wait behind it; count up by one for each operation"
             )
+        self._models.get(model.base_model)  # before it is in the ledger: what was answered with an error must not run
         await self._sessions.heartbeat(model.session_id, model.owner)
         entry = await self._ledger.append(
             model.model_id, seq_id, kind, encode(operation), num_tokens=num_tokens, details=details or {}
