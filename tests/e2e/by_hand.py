@@ -14,6 +14,10 @@ from tinker.proto import tinker_public_pb2 as pb
 from tinker.proto.request_conv import forward_backward_request_to_proto
 
 NANO = "tinkercloud/nano"
+OTHER, OTHER_VOCABULARY = "other/tiny", 2176
+"""The other base model of `limited_server`."""
+CONTEXT = 256
+"""Tokens that the models of `limited_server` take."""
 PROTOBUF = {"content-type": "application/x-protobuf"}
 PATIENCE = 60
 """Seconds after which something that should have ended is stuck."""
