@@ -49,23 +49,16 @@ def test_a_lazy_model_comes_with_its_first_client_and_leaves_when_idle(server):
     assert states(server)[LAZY] == "ready" and len(server.engine_pids()) == 2
     expected = [alone.step(learning_rate=1e-2) for _ in range(4)]
     losses = [disturbed.step(learning_rate=1e-2) for _ in range(2)]
+    sampler = disturbed.sdk.save_weights_and_get_sampling_client().result(PATIENCE)
+    prompt = tinker.ModelInput.from_ints([1, 2, 3])
+    logprobs = sampler.compute_logprobs(prompt).result(PATIENCE)
     until_gone(server)
     assert len(server.engine_pids()) == 1
     losses += [disturbed.step(learning_rate=1e-2) for _ in range(2)]
     assert losses == expected, "its clients notice nothing, to the bit"
+    assert sampler.compute_logprobs(prompt).result(PATIENCE) == logprobs
     for run in (alone, disturbed):
         run.close()
-
-
-def test_a_sampler_of_a_lazy_model_outlives_its_engine(server):
-    run = Run(server.url, LAZY)
-    run.step()
-    sampler = run.sdk.save_weights_and_get_sampling_client().result(PATIENCE)
-    prompt = tinker.ModelInput.from_ints([1, 2, 3])
-    before = sampler.compute_logprobs(prompt).result(PATIENCE)
-    until_gone(server)
-    assert sampler.compute_logprobs(prompt).result(PATIENCE) == before
-    run.close()
 
 
 def test_a_lazy_model_that_cannot_be_loaded_is_refused_for_good(server):
