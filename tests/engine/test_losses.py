@@ -1,4 +1,4 @@
-"""The losses and their gradients against formulas and derivatives written out by hand, in Python's own floats."""
+"""The losses and their gradients by the log-probabilities, judged by `loss_reference`."""
 
 from __future__ import annotations
 
@@ -11,49 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.engine.loss_reference import Row, loss_and_slope
 from tinkercloud.engine.losses import LOSSES, loss_config, loss_named
 from tinkercloud.engine.torch.losses import LOSS_FUNCTIONS, Targets
 from tinkercloud.engine.types import OperationError
-
-Row = dict[str, float]
-"""One target: lp, q, A, w and mask."""
-
-
-def ratio_of(difference: float) -> tuple[float, bool]:
-    """(ratio, whether it has a gradient)"""
-    return exp(min(difference, 40.0)), difference <= 40.0
-
-
-def clipped(ratio: float, moves: bool, advantage: float, config) -> tuple[float, float]:
-    low, high = config["clip_low_threshold"], config["clip_high_threshold"]
-    bounded = min(max(ratio, low), high)
-    loss = -min(ratio * advantage, bounded * advantage)
-    free = ratio <= high if advantage > 0 else ratio >= low
-    return loss, -ratio * advantage if free and moves else 0.0
-
-
-def loss_and_slope(name: str, row: Row, sequence: list[Row], config) -> tuple[float, float]:
-    """(loss, its derivative by the log-probability) of one target of a sequence."""
-    lp, q, advantage = row["lp"], row["q"], row["A"]
-    ratio, moves = ratio_of(lp - q)
-    match name:
-        case "cross_entropy":
-            return -row["w"] * lp, -row["w"]
-        case "importance_sampling":
-            return -ratio * advantage, -ratio * advantage if moves else 0.0
-        case "ppo":
-            return clipped(ratio, moves, advantage, config)
-        case "cispo":
-            weight = min(max(ratio, config["clip_low_threshold"]), config["clip_high_threshold"]) * advantage
-            return -weight * lp, -weight
-        case "dro":
-            beta = config["beta"]
-            return -(lp * advantage - beta / 2 * (lp - q) ** 2), -(advantage - beta * (lp - q))
-        case "gspo":
-            marked = [other["lp"] - other["q"] for other in sequence if other["mask"]]
-            return clipped(ratio_of(sum(marked) / len(marked))[0] if marked else 1.0, True, advantage, config)
-    raise KeyError(name)
-
 
 def targets_of(sequences: list[list[Row]], dtype=torch.float64) -> Targets:
     rows = [row for sequence in sequences for row in sequence]

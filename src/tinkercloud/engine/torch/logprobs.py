@@ -53,7 +53,7 @@ class TargetLogprobs:
             log_probabilities = self._log_probabilities(self._rows[chunk.start : chunk.end], chunk.lora)
             values.append(log_probabilities[self._place[first:last] - chunk.start, tokens[first:last]])
             if with_entropies:
-                entropies.append(_entropies(log_probabilities))
+                entropies.append(row_entropies(log_probabilities))
             if len(chunks) == 1:
                 self._kept = log_probabilities
             first = last
@@ -116,8 +116,8 @@ class TargetLogprobs:
         return chunks
 
 
-def _entropies(log_probabilities: Tensor) -> Tensor:
-    """-sum p log p of each row."""
+def row_entropies(log_probabilities: Tensor) -> Tensor:
+    """-sum p log p of each row [n, vocabulary], nats [n]."""
     rows = len(log_probabilities)
     if rows == 1:
         # The sum of a single row may be cut among threads, and would then have other bits than beside another row.

@@ -105,8 +105,8 @@ def gspo(targets: Targets, config: Config) -> tuple[Tensor, Diagnostics]:
     sequence's ratio s and the gradient of its own log-probability; targets outside M too, where they have an advantage.
     Where M is empty s is 1.
 
-    Source: Zheng et al., "Group Sequence Policy Optimization" (2025), the token-level variant, GSPO-token; as in Tinker's
-    documentation. That names no default bounds: these are ppo's. The paper's experiments use 0.9997 and 1.0004.
+    Source: Zheng et al., "Group Sequence Policy Optimization" (2025), the token-level variant; Tinker's documentation,
+    which names no default bounds: these are ppo's. The paper's experiments use 0.9997 and 1.0004.
     """
     in_ratio = targets.inputs["sequence_ratio_mask"] != 0
     current = targets.logprobs.detach()
