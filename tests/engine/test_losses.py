@@ -16,6 +16,7 @@ from tinkercloud.engine.losses import LOSSES, loss_config, loss_named
 from tinkercloud.engine.torch.losses import LOSS_FUNCTIONS, Targets
 from tinkercloud.engine.types import OperationError
 
+
 def targets_of(sequences: list[list[Row]], dtype=torch.float64) -> Targets:
     rows = [row for sequence in sequences for row in sequence]
     columns = {"weights": "w", "logprobs": "q", "advantages": "A", "sequence_ratio_mask": "mask"}

@@ -76,7 +76,7 @@ def cispo(targets: Targets, config: Config) -> tuple[Tensor, Diagnostics]:
 
     The clamped ratio is only a weight, so that no token loses its gradient.
 
-    Source: MiniMax, "MiniMax-M1" (2025), equation 4; the default bounds, 0 and 4, are the Tinker cookbook's.
+    Source: MiniMax, "MiniMax-M1" (2025); the default bounds, 0 and 4, are the Tinker cookbook's.
     """
     low, high = config["clip_low_threshold"], config["clip_high_threshold"]
     ratio = _ratio(targets).detach()
@@ -90,8 +90,8 @@ def dro(targets: Targets, config: Config) -> tuple[Tensor, Diagnostics]:
     The penalty holds at *every* position, also where the advantage is 0: where nothing is to be learned, send as
     `logprobs` what `forward` returns, or leave the position out.
 
-    Source: Richemond et al., "Offline Regularised Reinforcement Learning for LLMs Alignment" (2024); Tinker's
-    documentation names no default, 0.05 is its example's.
+    Source: Richemond et al., "Offline Regularised Reinforcement Learning for Large Language Models Alignment" (2024);
+    Tinker's documentation, which names no default: 0.05 is its example's.
     """
     difference = targets.logprobs - targets.inputs["logprobs"]
     objective = targets.logprobs * targets.inputs["advantages"] - 0.5 * config["beta"] * difference.square()
