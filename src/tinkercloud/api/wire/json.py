@@ -171,6 +171,20 @@ class Forward(Wire):
     forward_input: ForwardBackwardInput
 
 
+class CustomLossGraph(Wire):
+    format: Literal[1] = 1
+    nodes: list[dict[str, Any]]
+
+
+class CreateCustomLoss(Wire):
+    session_id: str
+    custom_loss_seq_id: Seq
+    """Not needed: the same loss has the same id, whichever it was."""
+    name: str
+    inputs: list[dict[str, Any]]
+    graph: CustomLossGraph
+
+
 class Adam(Options):
     learning_rate: float = Field(1e-4, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
