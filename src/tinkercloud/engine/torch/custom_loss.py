@@ -55,6 +55,12 @@ class Budget:
     """What an operation may still compute."""
 
     def __init__(self) -> None:
+        self.sizes: dict[Any, int] = {}
+        """Elements of a node's result by what they depend on."""
+        self.start()
+
+    def start(self) -> None:
+        """Of a whole pass over the datums."""
         self.work, self.results = MAX_WORK, MAX_RESULTS
 
     def take(self, work: int, results: int) -> None:
@@ -113,9 +119,12 @@ def _call(node: Node, values: dict[str, Value], device: torch.device, budget: Bu
     if name in _UNSIZED and _has_mask(args[1:]):
         results = args[0].numel()
     else:
-        with torch.no_grad():
-            like = [_on_meta(value) for value in args], {key: _on_meta(value) for key, value in kwargs.items()}
-            results = _elements(function(*like[0], **like[1]))
+        key = node.name, _shapes(args), _shapes(list(kwargs.values()))
+        if key not in budget.sizes:
+            with torch.no_grad():
+                like = [_on_meta(value) for value in args], {name: _on_meta(value) for name, value in kwargs.items()}
+                budget.sizes[key] = _elements(function(*like[0], **like[1]))
+        results = budget.sizes[key]
     products = results * args[0].shape[-1] // PRODUCTS_PER_ELEMENT if name in _PRODUCTS else 0
     budget.take(given + results + products, results)
     return function(*args, **kwargs)
@@ -192,6 +201,11 @@ def _has_tensor(values: list[Value]) -> bool:
 
 def _has_mask(values: list[Value]) -> bool:
     return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in _parts(values))
+
+
+def _shapes(values: list[Value]) -> tuple[Value, ...]:
+    """All that the size of a result can depend on, its function given."""
+    return tuple((part.shape, part.dtype) if isinstance(part, Tensor) else part for part in _parts(values))
 
 
 def _on_meta(value: Value) -> Value:

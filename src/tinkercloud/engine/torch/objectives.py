@@ -105,7 +105,7 @@ class CustomObjective:
         return torch.cat([slope.flatten() for slope in slopes]).to(logprobs)
 
     def summary(self, tiles: Sequence[Tile], logprobs: Tensor, entropies: Tensor | None) -> Summary:
-        self._budget = Budget()
+        self._budget.start()
         sums: dict[str, float] = {"loss:sum": 0.0}
         for tile, part in zip(tiles, logprobs.split([len(tile.targets) for tile in tiles]), strict=True):
             for index, values in self._per_datum(tile, part):
