@@ -61,6 +61,7 @@ class EngineHandle:
         self._waiting: dict[int, asyncio.Future] = {}
         self._ready: asyncio.Future[BaseModelInfo] = asyncio.get_running_loop().create_future()
         self.died = asyncio.Event()
+        self._reading: asyncio.Task[None] | None = None
 
     async def start(self) -> BaseModelInfo:
         """Start the process and wait until its base model is loaded. EngineLoadError, EngineDied."""
@@ -71,6 +72,7 @@ class EngineHandle:
                 "-m",
                 "tinkercloud.engine.process",
                 str(theirs.fileno()),
+                self._options.name,  # for whoever reads the list of processes
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
                 cwd=self._data_dir,
@@ -101,8 +103,12 @@ class EngineHandle:
         return await future
 
     async def stop(self) -> None:
-        """Let the running cycle end, then end the process."""
-        if not self.died.is_set():
+        """Let the running cycle end, then end the process; one that is still loading at once."""
+        if self._reading is None:
+            return  # it was never started
+        if not self._ready.done():
+            self._kill()
+        elif not self.died.is_set():
             with contextlib.suppress(ConnectionError):
                 self._send(Stop())
             try:

@@ -123,9 +123,11 @@ class Engine:
 
 def _listen(sock: socket.socket, inbox: queue.SimpleQueue[ToEngine]) -> None:
     """Move messages from the socket to the computing thread; end the process when the control process is gone."""
-    while (message := receive(sock)) is not None:
-        inbox.put(message)
-    os._exit(0)
+    try:
+        while (message := receive(sock)) is not None:
+            inbox.put(message)
+    finally:  # an end of file, or a reset if it left answers unread: the computing thread may be busy for long
+        os._exit(0)
 
 
 def _load(options: EngineOptions, sock: socket.socket) -> tuple[Trainer, Sampler]:
