@@ -44,4 +44,6 @@ class Arrivals:
 async def within(event: asyncio.Event, seconds: float) -> None:
     """Wait for an event, but not longer than this."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), max(0.0, seconds))
+        # Not wait_for: before Python 3.12 it forgets a cancellation that comes together with the event.
+        async with asyncio.timeout(max(0.0, seconds)):
+            await event.wait()
