@@ -33,7 +33,8 @@ class ByHand:
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, fused=True
         )
-        # Generation needs no adapter beside the weights: merged is how it is fastest.
+        # Generation needs no adapter beside the weights: merged is how it is fastest. (The tied embedding is merged
+        # too, but B is zero.)
         merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
         self._merged = get_peft_model(merged, config).merge_and_unload().eval()
 

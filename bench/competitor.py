@@ -8,12 +8,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-TRIALS = 5
-"""Rounds of readings of all candidate settings, after one that does not count."""
+from bench.readings import Readings, interleaved
 
 EXIT_SECONDS = 10
 
@@ -28,7 +27,7 @@ class Competitor:
     def __init__(self, module: str, folder: Path, waits: Sequence[str] = WAITS) -> None:
         """`folder` is the base model. The program runs once for each way of waiting."""
         self.chosen: dict[str, dict[str, Any]] = {}
-        """The best settings of each task, as far as they were looked for."""
+        """The settings with which each task that was compared was fastest."""
         self._processes = {wait: _start(module, folder, wait) for wait in waits}
         for process in self._processes.values():
             _answer(process)
@@ -40,17 +39,26 @@ class Competitor:
         process.stdin.flush()
         return _answer(process)["seconds"]
 
-    def at_its_best(self, task: str, settings: dict[str, Sequence[Any]], **arguments: Any) -> Callable[[], float]:
-        """The task with whatever combination of `settings`, threads and ways of waiting is the fastest here and now."""
-        choices = {"wait": tuple(self._processes), "threads": thread_counts(), **settings}
-        candidates = [dict(zip(choices, choice, strict=True)) for choice in itertools.product(*choices.values())]
-        times: list[list[float]] = [[] for _ in candidates]
-        for _ in range(1 + TRIALS):
-            for chosen, readings in zip(candidates, times, strict=True):
-                readings.append(self.seconds(task, **chosen, **arguments))
-        fastest = min(range(len(candidates)), key=lambda candidate: median(times[candidate][1:]))
-        best = self.chosen[task] = candidates[fastest]
-        return lambda: self.seconds(task, **best, **arguments)
+    def compared(
+        self,
+        ours: Callable[[], float],
+        task: str,
+        work: dict[str, int],
+        repeat: int,
+        settings: dict[str, Sequence[Any]] | None = None,
+        times: int = 1,
+    ) -> Readings:
+        """Our readings beside the task's, with whatever combination of `settings`, threads and ways of waiting turns
+        out to be the fastest. One reading is the mean of doing it so many `times`."""
+        choices = {"wait": tuple(self._processes), "threads": thread_counts(), **(settings or {})}
+        variants = [dict(zip(choices, choice, strict=True)) for choice in itertools.product(*choices.values())]
+
+        def reading(variant: dict[str, Any]) -> float:
+            return sum(self.seconds(task, **variant, **work) for _ in range(times)) / times
+
+        readings = interleaved(ours, [partial(reading, variant) for variant in variants], repeat)
+        self.chosen[task] = variants[readings.variant]
+        return readings
 
     def close(self) -> None:
         """End the processes."""

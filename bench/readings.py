@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Literal
@@ -14,6 +14,8 @@ class Readings:
 
     ours: tuple[float, ...]
     theirs: tuple[float, ...] = ()
+    variant: int = 0
+    """Which of the competitor's variants `theirs` are from."""
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -29,21 +31,30 @@ def spread(values: tuple[float, ...]) -> float:
     return (high - low) / median(values)
 
 
-def interleaved(ours: Callable[[], float], theirs: Callable[[], float], repeat: int, warm_up: int = 1) -> Readings:
-    """Take `repeat` pairs of readings after `warm_up` pairs that do not count.
+def interleaved(
+    ours: Callable[[], float], theirs: Sequence[Callable[[], float]], repeat: int, warm_up: int = 1
+) -> Readings:
+    """Take a reading of ours and of each of the competitor's variants in every round, `warm_up` rounds uncounted.
 
-    Who goes first alternates, so that neither a drift of the machine nor the order favours one side.
+    Who goes first alternates, so that neither a drift of the machine nor the order favours one side. The competitor is
+    the variant with the smallest median of all rounds: chosen beforehand, it could have been lucky in a quiet moment.
     """
-    pairs: list[tuple[float, float]] = []
+    our_readings: list[float] = []
+    their_readings: list[list[float]] = [[] for _ in theirs]
+
+    def take_theirs() -> None:
+        for variant, readings in zip(theirs, their_readings, strict=True):
+            readings.append(variant())
+
     for turn in range(warm_up + repeat):
         if turn % 2:
-            their = theirs()
-            pairs.append((ours(), their))
-        else:
-            our = ours()
-            pairs.append((our, theirs()))
-    kept = pairs[warm_up:]
-    return Readings(tuple(our for our, _ in kept), tuple(their for _, their in kept))
+            take_theirs()
+        our_readings.append(ours())
+        if turn % 2 == 0:
+            take_theirs()
+    kept = [tuple(readings[warm_up:]) for readings in their_readings]
+    fastest = min(range(len(kept)), key=lambda variant: median(kept[variant]))
+    return Readings(tuple(our_readings[warm_up:]), kept[fastest], fastest)
 
 
 Quantity = Literal["speed", "slowdown", "seconds", "bytes"]

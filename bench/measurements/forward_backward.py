@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.measurement import Measurement
-from bench.readings import Goal, Readings, interleaved
+from bench.readings import Goal, Readings
 from bench.stage import Stage, batch, seconds
 
 ROWS, TOKENS = 8, 256
@@ -13,10 +13,11 @@ NAME, WORK = "forward_backward", {"rows": ROWS, "tokens": TOKENS}
 def take(stage: Stage, repeat: int) -> Readings:
     """Seconds of one forward_backward."""
     data = batch(ROWS, TOKENS)
-    theirs = stage.by_hand.at_its_best(NAME, {}, **WORK)
-    return interleaved(
-        lambda: seconds(lambda: stage.training.forward_backward(data, "cross_entropy").result()), theirs, repeat
-    )
+
+    def gradients() -> float:
+        return seconds(lambda: stage.training.forward_backward(data, "cross_entropy").result())
+
+    return stage.by_hand.compared(gradients, NAME, WORK, repeat)
 
 
 FORWARD_BACKWARD = Measurement(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.measurement import Measurement
-from bench.readings import Goal, Readings, interleaved
+from bench.readings import Goal, Readings
 from bench.stage import LEARNING_RATE, Stage, batch, seconds
 
 ROWS, TOKENS = 1, 16
@@ -24,12 +24,10 @@ def take(stage: Stage, repeat: int) -> Readings:
         gradients.result()
         update.result()
 
-    one = stage.by_hand.at_its_best(NAME, {}, **WORK)
-    return interleaved(
-        lambda: sum(seconds(step) for _ in range(STEPS)) / STEPS,
-        lambda: sum(one() for _ in range(STEPS)) / STEPS,
-        repeat,
-    )
+    def steps() -> float:
+        return sum(seconds(step) for _ in range(STEPS)) / STEPS
+
+    return stage.by_hand.compared(steps, NAME, WORK, repeat, times=STEPS)
 
 
 ROUND_TRIP = Measurement(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bench.measurement import Measurement
-from bench.readings import Goal, Readings, interleaved
+from bench.readings import Goal, Readings
 from bench.stage import Stage, prompts, seconds
 
 ROWS, PROMPT_TOKENS, NEW_TOKENS = 16, 32, 64
@@ -21,8 +21,9 @@ def take(stage: Stage, repeat: int) -> Readings:
         for future in [stage.sampler.sample(question, 1, params) for question in questions]:
             assert len(future.result().sequences[0].tokens) == NEW_TOKENS
 
-    theirs = stage.by_hand.at_its_best(NAME, {"cache": ["dynamic", "static"]}, **WORK)
-    return interleaved(lambda: seconds(sample), theirs, repeat)
+    return stage.by_hand.compared(
+        lambda: seconds(sample), NAME, WORK, repeat, settings={"cache": ["dynamic", "static"]}
+    )
 
 
 SAMPLING = Measurement(

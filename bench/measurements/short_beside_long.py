@@ -37,7 +37,7 @@ def take(stage: Stage, repeat: int) -> Readings:
         running.result()
         return wait
 
-    return interleaved(beside_a_long_one, short_requests, repeat)
+    return interleaved(beside_a_long_one, [short_requests], repeat)
 
 
 SHORT_BESIDE_LONG = Measurement(

@@ -10,6 +10,7 @@ import pytest
 from tests.control.conftest import NANO, OWNER, Client, datum
 from tinkercloud.engine.types import Failure, ForwardBackward
 from tinkercloud.errors import Ended, NotFound
+from tinkercloud.ledger.writer import DiskFull
 
 
 async def undisturbed(serving, count):
@@ -154,5 +155,26 @@ def test_a_silent_session_is_finished_after_its_retention(serving, run):
             assert (await service.sessions.get(client.session.session_id, OWNER)).state == "parked"
             await service.sessions.park_silent(time.time() + 2000)
             assert (await service.sessions.get(client.session.session_id, OWNER)).state == "finished"
+
+    run(story)
+
+
+def test_a_full_disk_delays_a_run_and_changes_nothing(serving, run, monkeypatch):
+    """Outcomes that could not be stored: their operations run again from what is on disk, and count once."""
+
+    async def story():
+        expected = await undisturbed(serving, 4)
+        async with serving() as service:
+            client = await Client.create(service)
+            complete, failures = service._ledger.complete, iter([True, False, False, True, True])
+
+            async def on_a_disk_that_fills_up(*arguments, **options):
+                if next(failures, False):
+                    raise DiskFull("no space left")
+                return await complete(*arguments, **options)
+
+            monkeypatch.setattr(service._ledger, "complete", on_a_disk_that_fills_up)
+            assert await client.steps(4) == expected
+            assert next(failures, None) is None, "the disk did fill up"
 
     run(story)

@@ -2,6 +2,7 @@
 
 import threading
 
+import psutil
 import pytest
 import tinker
 from tinker import types
@@ -48,6 +49,18 @@ def test_a_script_outlives_its_server(tmp_path, undisturbed, end):
                 threading.Thread(target=server.start).start()
 
         assert train(server.url, interrupt) == undisturbed
+
+
+def test_engines_do_not_outlive_a_killed_server(tmp_path):
+    with Server(tmp_path / "data") as server:
+        client = tinker.ServiceClient(base_url=server.url, api_key="tml-test")
+        run = client.create_lora_training_client(base_model="tinkercloud/nano", rank=4).result()
+        run.forward_backward(BATCH * 200, "cross_entropy")  # it computes, and its answer will find nobody
+        engines = [psutil.Process(pid) for pid in server.engine_pids()]
+        server.kill()
+        gone, alive = psutil.wait_procs(engines, timeout=30)
+        assert gone and not alive
+        client.holder.close()
 
 
 def test_a_stop_ends_cleanly_and_quickly_while_clients_wait(tmp_path):

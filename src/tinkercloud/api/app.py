@@ -17,6 +17,7 @@ from tinkercloud.api import (
     futures,
     health,
     hub,
+    refusals,
     runs,
     sampling,
     sessions,
@@ -43,6 +44,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
         app.include_router(resource.router, prefix=PREFIX)
     app.include_router(hub.router, prefix="/hf")
     errors.install(app)
+    refusals.install(app)
     app.add_middleware(errors.Guard)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app

@@ -1,4 +1,9 @@
-"""A refused operation of a training run uses up its seq_id: the SDK goes on with the next one."""
+"""A refused operation of a training run uses up its seq_id: the SDK goes on with the next one.
+
+A refusal that comes ahead of an earlier operation is not answered with an error, but as an accepted operation whose
+future fails. The SDK sends chunks 2 to n of a batch before the first one; told of an error, it would never send that
+first chunk, and wait for ever for its turn to send anything else.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +11,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from fastapi import Request
+from fastapi import FastAPI, Request, Response
 
+from tinkercloud.api.wire.answers import Json
 from tinkercloud.api.wire.body import Unreadable
 from tinkercloud.api.wire.json import read_json
+from tinkercloud.control.runs import AHEAD
 from tinkercloud.control.service import Service
 from tinkercloud.engine.types import Failure
 from tinkercloud.errors import Forbidden, InvalidRequest, NotFound
@@ -19,14 +26,38 @@ PERMANENT = (InvalidRequest, Forbidden, NotFound)
 """Errors that a repeat of the request would meet again."""
 
 
+class RefusedAhead(Exception):
+    """An operation was refused before everything in front of it had arrived: its future fails instead."""
+
+    def __init__(self, entry: Entry) -> None:
+        super().__init__(entry.request_id)
+        self.future = {"request_id": entry.request_id, "model_id": entry.stream}
+
+
+def install(app: FastAPI) -> None:
+    """Give the app its answer to refusals that come ahead."""
+    app.add_exception_handler(RefusedAhead, _future)  # type: ignore[arg-type]
+
+
+def _future(request: Request, error: RefusedAhead) -> Response:
+    return Json(error.future)
+
+
 @asynccontextmanager
 async def recorded(service: Service, model: ModelRecord, seq_id: int | None, kind: str) -> AsyncIterator[None]:
-    """Record a permanent error in the body of the `async with` as a refusal at its seq_id, and pass it on."""
+    """Record a permanent error in the body of the `async with` as a refusal at its seq_id, and pass it on, or raise
+    RefusedAhead."""
     try:
         yield
     except PERMANENT as error:
-        await service.runs.refuse(model, seq_id, kind, str(error))
+        await _refuse(service, model, seq_id, kind, error)
         raise
+
+
+async def _refuse(service: Service, model: ModelRecord, seq_id: int | None, kind: str, error: Exception) -> None:
+    entry = await service.runs.refuse(model, seq_id, kind, str(error))
+    if entry is not None and AHEAD in entry.details:
+        raise RefusedAhead(entry) from None
 
 
 async def read_operation(request: Request, service: Service, owner: str, kind: str) -> dict[str, Any]:
@@ -44,11 +75,13 @@ async def record_unreadable(service: Service, owner: str, kind: str, error: Unre
         return
     model_id, seq_id = error.address
     with suppress(NotFound):
-        await service.runs.refuse(await service.runs.live(model_id, owner), seq_id, kind, str(error))
+        await _refuse(service, await service.runs.live(model_id, owner), seq_id, kind, error)
 
 
 async def accepted(service: Service, owner: str, entry: Entry, kind: str) -> dict[str, Any]:
     """The SDK's untyped future of an operation. InvalidRequest if its seq_id was refused before, or was another's."""
+    if AHEAD in entry.details:
+        raise RefusedAhead(entry)
     if entry.state == "refused":
         _, outcome = await service.futures.outcome(entry.request_id, owner, 0)
         raise InvalidRequest(outcome.error if isinstance(outcome, Failure) else "this operation was refused before")

@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 MAX_DEATHS = 2
 """An operation during which the engine died this often is failed, so that its model can go on with the next one."""
 
+RETRY_SECONDS = 1.0
+"""Pause after a cycle that failed for a reason that is nobody's operation, such as a full disk."""
+
 GAP_CHECK_SECONDS = 5.0
 """How often, at least, the logs are looked through for gaps that stayed open too long."""
 
@@ -61,6 +64,11 @@ class Conductor:
         """Take a run in, with the log of what has not ended yet."""
         self._runs[record.model_id] = TrainingRun(record, order, self._ledger, self._data_dir)
         self._work.set()
+
+    def lacks_before(self, model_id: str, seq_id: int) -> bool:
+        """Whether an operation of a run before this one has not arrived yet."""
+        run = self._runs.get(model_id)
+        return run is not None and run.order.lacks_before(seq_id)
 
     def accept(self, entry: Entry) -> None:
         """An entry is in the ledger: run it when its turn comes."""
@@ -123,10 +131,17 @@ class Conductor:
                     if not waiting:
                         break
                     cycle = next_cycle(waiting, self._settings.cycle_tokens, self._served_tokens)
+                    runs = [self._runs[w.model_id] for w in cycle]
                     try:
-                        await self._run_cycle([self._runs[w.model_id] for w in cycle])
+                        await self._run_cycle(runs)
                     except EngineDied as error:
                         log.error("%s; its operations run again on the next one", error)
+                        continue
+                    except Exception:
+                        # What the engine has done may not be in the ledger (a full disk): the ledger is the truth.
+                        log.exception("a cycle failed; its operations run again from what is on disk")
+                        await asyncio.sleep(RETRY_SECONDS)
+                        await self._begin_again(runs)
                         continue
                 self._served_tokens = charge(self._served_tokens, cycle, {w.owner for w in waiting})
 
@@ -200,8 +215,7 @@ class Conductor:
 
     async def _end(self, run: TrainingRun, result: Result) -> None:
         """Store what an operation gave, then let the next one and its client go on."""
-        turn, run.turn = run.turn, None
-        entry = turn.entry
+        turn, entry = run.turn, run.turn.entry
         outcome, records = conclude(entry, run.record, result)
         failed = isinstance(outcome, Failure)
         # A step that fails in the engine has cleared what it was to apply, like one whose batch was incomplete.
@@ -217,6 +231,15 @@ class Conductor:
         if ended.kind == "unload_model" and not failed:
             del self._runs[run.model_id]
         self._arrivals.announce(entry.request_id)
+
+    async def _begin_again(self, runs: list[TrainingRun]) -> None:
+        """Go by the ledger alone: rebuild these runs' states, and run again what it does not hold as ended."""
+        for run in runs:
+            run.mistrust()
+            entry = run.turn and await self._ledger.entry(run.turn.entry.request_id)
+            if entry and entry.state != "accepted":
+                run.ended(entry)
+                self._arrivals.announce(entry.request_id)
 
     async def _replaced_by(self, records: list) -> list[str]:
         """The folders of checkpoints whose records these ones will take the place of."""

@@ -61,6 +61,7 @@ class EngineHandle:
         self._waiting: dict[int, asyncio.Future] = {}
         self._ready: asyncio.Future[BaseModelInfo] = asyncio.get_running_loop().create_future()
         self.died = asyncio.Event()
+        self._reading: asyncio.Task[None] | None = None
 
     async def start(self) -> BaseModelInfo:
         """Start the process and wait until its base model is loaded. EngineLoadError, EngineDied."""
@@ -102,6 +103,8 @@ class EngineHandle:
 
     async def stop(self) -> None:
         """Let the running cycle end, then end the process."""
+        if self._reading is None:
+            return  # it was never started
         if not self.died.is_set():
             with contextlib.suppress(ConnectionError):
                 self._send(Stop())

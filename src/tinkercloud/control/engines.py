@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle, EngineLoadError
 from tinkercloud.engine.types import BaseModelInfo, EngineOptions
-from tinkercloud.errors import Unavailable
+from tinkercloud.errors import InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -85,9 +85,13 @@ class KeptEngine:
             await self._changed.wait_for(lambda: self.state == "ready" or self.failure is not None)
 
     async def loaded(self) -> BaseModelInfo:
-        """What is known of the model, loading it if that is not yet known."""
+        """What is known of the model, loading it if that is not yet known. InvalidRequest if it cannot load: who asks
+        for it should not come again for the same answer."""
         if self.info is None:
-            await self.running()
+            try:
+                await self.running()
+            except Unavailable as error:
+                raise InvalidRequest(str(error)) from None
         assert self.info is not None
         return self.info
 
@@ -119,6 +123,8 @@ class KeptEngine:
                 return
             except EngineDied:
                 pass
+            except OSError:
+                log.exception("engine %s could not be started", self.name)
             except asyncio.CancelledError:
                 if self._handle is None:  # stopped while loading: nobody else knows this process
                     await handle.stop()

@@ -27,6 +27,13 @@ from tinkercloud.errors import InvalidRequest, NotFound
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import CheckpointRecord, Entry, ModelRecord, SessionRecord
 
+MAX_AHEAD = 100_000
+"""How many operations a client may send ahead. A seq_id beyond is a mistake that would cost the whole run: when its gap
+times out, the log would go on behind it, and every operation in between would come too late."""
+
+AHEAD = "ahead"
+"""The detail of a refusal that came ahead of an operation before it."""
+
 
 class TrainingRuns:
     """The training runs of all clients. An operation is on disk before its entry is returned."""
@@ -94,11 +101,16 @@ class TrainingRuns:
         return await self._append(model, seq_id, kind, operation, num_tokens=tokens)
 
     async def refuse(self, model: ModelRecord, seq_id: int | None, kind: str, error: str) -> Entry | None:
-        """Record a refusal at its seq_id, so that what comes after it runs. None without a seq_id."""
-        if seq_id is None:
+        """Record a refusal at its seq_id, so that what comes after it runs. None without a seq_id that can be one."""
+        if seq_id is None or not 0 <= seq_id <= _last_possible(model):
             return None
-        entry = await self._ledger.append(model.model_id, seq_id, kind, b"", refusal=Failure(error, "user"))
-        self._accept(model, entry)
+        served = model.base_model in self._models
+        ahead = served and self._models.get(model.base_model).conductor.lacks_before(model.model_id, seq_id)
+        entry = await self._ledger.append(
+            model.model_id, seq_id, kind, b"", refusal=Failure(error, "user"), details={AHEAD: True} if ahead else {}
+        )
+        if served:
+            self._accept(model, entry)
         return entry
 
     async def save_weights(
@@ -206,6 +218,12 @@ class TrainingRuns:
         num_tokens: int = 0,
         details: dict[str, Any] | None = None,
     ) -> Entry:
+        if seq_id is not None and seq_id > _last_possible(model):
+            raise InvalidRequest(
+                f"seq_id {seq_id} is too far ahead: the next one of {model.model_id} is {model.applied_seq + 1}, and "
+                f"at most {MAX_AHEAD} may wait behind it; count up by one for each operation"
+            )
+        self._models.get(model.base_model)  # before it is in the ledger: what was answered with an error must not run
         await self._sessions.heartbeat(model.session_id, model.owner)
         entry = await self._ledger.append(
             model.model_id, seq_id, kind, encode(operation), num_tokens=num_tokens, details=details or {}
@@ -216,3 +234,7 @@ class TrainingRuns:
     def _accept(self, model: ModelRecord, entry: Entry) -> None:
         if not entry.repeated:
             self._models.get(model.base_model).conductor.accept(entry)
+
+
+def _last_possible(model: ModelRecord) -> int:
+    return model.applied_seq + MAX_AHEAD

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 MAX_DEATHS = 2
 """A sample during which the engine died this often is failed."""
 
+RETRY_SECONDS = 1.0
+"""Pause before a sample whose result could not be stored runs again (with the same seed, so with the same tokens)."""
+
 
 class SamplerDesk:
     """Samples pass straight through to the engine, whose own loop batches them; the desk keeps their samplers open.
@@ -82,6 +85,14 @@ class SamplerDesk:
         await asyncio.gather(*list(self._tasks.values()), return_exceptions=True)
 
     async def _run(self, entry: Entry, sampler: SamplerRecord) -> None:
+        while True:
+            try:
+                return await self._run_once(entry, sampler)
+            except Exception:
+                log.exception("sample %s failed for a reason that is not its own; it runs again", entry.request_id)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    async def _run_once(self, entry: Entry, sampler: SamplerRecord) -> None:
         payload = await self._ledger.payload(entry.request_id)
         self._running[sampler.sampler_id] += 1
         try:

@@ -69,10 +69,15 @@ class TrainingRun:
     def resident(self, engine: EngineHandle | None) -> bool:
         return self._resident_in is not None and self._resident_in is engine
 
+    def mistrust(self) -> None:
+        """Rebuild the state before the next operation: the engine's may be ahead of the ledger."""
+        self._resident_in = None
+
     async def bring_into(self, engine: EngineHandle) -> None:
         """Make sure that `engine` has the run's state as of its applied seq_id. ReplayError, EngineDied."""
         if self.resident(engine):
             return
+        await engine.run_cycle([encode(DropModel(self.model_id))])
         after = -1
         for snapshot in await self._ledger.find(SnapshotRecord, model_id=self.model_id, limit=1):
             folder = LoadWeights(self.model_id, snapshot.folder, with_optimizer=True, with_gradients=True)

@@ -123,9 +123,11 @@ class Engine:
 
 def _listen(sock: socket.socket, inbox: queue.SimpleQueue[ToEngine]) -> None:
     """Move messages from the socket to the computing thread; end the process when the control process is gone."""
-    while (message := receive(sock)) is not None:
-        inbox.put(message)
-    os._exit(0)
+    try:
+        while (message := receive(sock)) is not None:
+            inbox.put(message)
+    finally:  # an end of file, or a reset if it left answers unread: the computing thread may be busy for long
+        os._exit(0)
 
 
 def _load(options: EngineOptions, sock: socket.socket) -> tuple[Trainer, Sampler]:
@@ -135,6 +137,9 @@ def _load(options: EngineOptions, sock: socket.socket) -> tuple[Trainer, Sampler
         sock.sendall(frame(Progress(fraction, text)))
 
     progress(0.0, "loading torch")
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # the control process shows its own
     from tinkercloud.engine.torch.model import BaseModel
     from tinkercloud.engine.torch.sampler import TorchSampler
     from tinkercloud.engine.torch.trainer import TorchTrainer

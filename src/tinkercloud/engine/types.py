@@ -16,7 +16,8 @@ from msgspec import Struct
 class OperationError(Exception):
     """An operation failed for a reason that its user can mend: the text says what was wrong and what would be right.
 
-    An engine answers it as a `Failure` of category "user"; weights, moments and gradients are as they were before.
+    An engine answers it as a `Failure` of category "user"; weights, moments and gradients are as they were before, only
+    that a failed `OptimStep` clears the gradients.
     """
 
 

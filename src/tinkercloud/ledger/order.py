@@ -133,6 +133,10 @@ class ModelLog:
         # Since the first entry behind the gap arrived: `_waiting` is in order of arrival.
         return next(iter(self._waiting.values()))[1] + self._gap_timeout
 
+    def lacks_before(self, seq_id: int) -> bool:
+        """Whether an operation before this one has not arrived yet."""
+        return any(missing not in self._waiting for missing in range(self.next_seq, seq_id))
+
     def __len__(self) -> int:
         """How many entries wait for their turn."""
         return len(self._waiting) + len(self._overdue)

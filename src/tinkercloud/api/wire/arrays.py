@@ -47,9 +47,12 @@ def shaped(values: np.ndarray, shape: Sequence[int] | None, where: str) -> np.nd
     """Flat values in their declared shape; without one they are a vector."""
     if not shape:
         return values
-    if min(shape) < 0 or math.prod(shape) != len(values):
-        raise InvalidRequest(f"{where}: shape {list(shape)} does not fit its {len(values)} values")
-    return values.reshape(shape)
+    try:
+        if min(shape) >= 0 and math.prod(shape) == len(values):
+            return values.reshape(shape)
+    except ValueError:
+        pass  # more dimensions, or longer ones in an empty tensor, than an array can have
+    raise InvalidRequest(f"{where}: shape {list(shape)!s:.200} does not fit its {len(values)} values")
 
 
 def dense_from_csr(
@@ -62,7 +65,7 @@ def dense_from_csr(
 ) -> np.ndarray:
     """A sparse CSR matrix with zeros where nothing is listed."""
     if not shape or len(shape) != 2 or min(shape) < 0:
-        raise InvalidRequest(f"{where}: a sparse tensor needs a shape [rows, columns], not {list(shape or [])}")
+        raise InvalidRequest(f"{where}: a sparse tensor needs a shape [rows, columns], not {list(shape or [])!s:.200}")
     rows, columns = shape
     counts = np.diff(crow)
     if len(crow) != rows + 1 or crow[0] != 0 or crow[-1] != len(values) or (counts < 0).any():
@@ -73,7 +76,7 @@ def dense_from_csr(
         raise InvalidRequest(
             f"{where}: sparse_col_indices must be {len(values)} columns, one for each value, from 0 to {columns - 1}"
         )
-    budget.take(rows * columns * values.itemsize, where)
+    budget.take(max(rows, 1) * max(columns, 1) * values.itemsize, where)  # an empty one can have a long side, too
     row = np.repeat(np.arange(rows), counts)
     if (np.diff(row * columns + col) <= 0).any():
         raise InvalidRequest(f"{where}: the columns of a row in sparse_col_indices must ascend, each once")

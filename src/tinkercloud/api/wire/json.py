@@ -18,8 +18,8 @@ from tinkercloud.errors import InvalidRequest
 
 log = logging.getLogger(__name__)
 
-Seq = Annotated[int, Field(ge=0, lt=2**63)]
-"""A number in a sequence, as the ledger can store it."""
+Seq = Annotated[int, Field(ge=0, lt=2**62)]
+"""A number in a sequence, as the ledger can store it and count on from it."""
 
 _logged: set[tuple[str, str]] = set()
 
@@ -171,13 +171,19 @@ class Forward(Wire):
     forward_input: ForwardBackwardInput
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Size = Annotated[float, Field(ge=0, le=3.4028234663852886e38)]
+"""Not negative, and a float32."""
+
+
 class Adam(Options):
-    learning_rate: float = Field(1e-4, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-12, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    grad_clip_norm: float = 0.0
+    type: Literal["adamw"] = "adamw"
+    learning_rate: Size = 1e-4
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    eps: Size = 1e-12
+    weight_decay: Size = 0.0
+    grad_clip_norm: Size = 0.0
 
 
 class OptimStep(Wire):

@@ -22,15 +22,16 @@ LARGEST_NUMBER = torch.finfo(torch.float32).max
 def adamw_step(adapter: Adapter, adam: AdamParams) -> dict[str, float]:
     """Apply and clear the adapter's accumulated gradient (none is zero); the step's metrics.
 
-    All or nothing: OperationError leaves weights and moments as they were. A gradient that is not finite is cleared
-    then, because no later step could use it; settings that are not valid leave it.
+    All or nothing: OperationError leaves weights and moments as they were. The gradient is cleared then too, whatever
+    the reason, so that a recovery need not know it to arrive at the same state.
     """
+    parameters, gradient = adapter.parameters, adapter.gradient
+    adapter.gradient = None
     _check(adam)
-    parameters = adapter.parameters
-    gradient = adapter.gradient if adapter.gradient is not None else torch.zeros_like(parameters)
+    if gradient is None:
+        gradient = torch.zeros_like(parameters)
     norm = torch.linalg.vector_norm(gradient).item()
     if not norm <= LARGEST_NORM:
-        adapter.gradient = None
         raise OperationError(
             "the accumulated gradient is not finite, so the step was not taken; weights and optimizer state are as "
             "before and the gradient was cleared. Look for extreme weights, advantages or logprobs in the data"
@@ -55,12 +56,11 @@ def adamw_step(adapter: Adapter, adam: AdamParams) -> dict[str, float]:
     if not updated.sum().isfinite():  # one pass: an infinite or NaN term leaves no finite sum
         raise OperationError(
             f"this step would make weights infinite or NaN (learning_rate {adam.learning_rate}, eps {adam.eps}, "
-            f"weight_decay {adam.weight_decay}); it was not taken"
+            f"weight_decay {adam.weight_decay}); it was not taken and the gradient was cleared"
         )
 
     parameters.copy_(updated)
     adapter.first_moment, adapter.second_moment, adapter.steps = first, second, steps
-    adapter.gradient = None
     adapter.parameters_changed()
     return metrics
 

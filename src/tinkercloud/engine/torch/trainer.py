@@ -134,6 +134,7 @@ class TorchTrainer:
                 layout = layout_of(lora, self._model.linears, self.info.max_rank)
                 self._adapters[model_id] = Adapter.fresh(lora, layout, self._model.device, self._model.dtype)
             case OptimStep(model_id, adam):
+                self._model.use_all_threads()
                 return StepOutput(adamw_step(self._adapter(model_id), adam))
             case SaveWeights():
                 return self._save(operation)

@@ -1,0 +1,110 @@
+"""Base models that come and go while the server runs."""
+
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+import tinker
+
+from tests.e2e.by_hand import NANO, PATIENCE, Run, refused
+from tests.serving import Server
+from tinkercloud.nano import FOLDER
+
+LAZY = "me/lazy"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A base model that is there, one that is loaded when it is wanted, and one that cannot be."""
+    empty = tmp_path_factory.mktemp("empty")
+    (empty / "config.json").write_text('{"model_type": "no such architecture"}')
+    lazy = ("--model", f"{LAZY}={FOLDER},lazy=true,idle_seconds=0.5", "--model", f"me/broken={empty},lazy=true")
+    with Server(tmp_path_factory.mktemp("lazy") / "data", "--model", NANO, *lazy) as running:
+        yield running
+
+
+def states(server) -> dict[str, str]:
+    return httpx.get(f"{server.url}/api/v1/healthz").json()["engines"]
+
+
+def until_gone(server):
+    deadline = time.monotonic() + PATIENCE
+    while states(server)[LAZY] == "ready":
+        assert time.monotonic() < deadline, "an idle lazy model stays"
+        time.sleep(0.1)
+
+
+def command(server, *arguments: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "tinkercloud", *arguments, "--url", server.url]
+    return subprocess.run(line, check=False, capture_output=True, text=True, timeout=PATIENCE)
+
+
+def test_a_lazy_model_comes_with_its_first_client_and_leaves_when_idle(server):
+    assert states(server)[LAZY] == "idle" and len(server.engine_pids()) == 1
+    listed = httpx.get(f"{server.url}/api/v1/get_server_capabilities").json()["supported_models"]
+    assert {NANO, LAZY} <= {model["model_name"] for model in listed}
+    alone, disturbed = Run(server.url), Run(server.url, LAZY)
+    assert states(server)[LAZY] == "ready" and len(server.engine_pids()) == 2
+    expected = [alone.step(learning_rate=1e-2) for _ in range(4)]
+    losses = [disturbed.step(learning_rate=1e-2) for _ in range(2)]
+    sampler = disturbed.sdk.save_weights_and_get_sampling_client().result(PATIENCE)
+    prompt = tinker.ModelInput.from_ints([1, 2, 3])
+    logprobs = sampler.compute_logprobs(prompt).result(PATIENCE)
+    until_gone(server)
+    assert len(server.engine_pids()) == 1
+    losses += [disturbed.step(learning_rate=1e-2) for _ in range(2)]
+    assert losses == expected, "its clients notice nothing, to the bit"
+    assert sampler.compute_logprobs(prompt).result(PATIENCE) == logprobs
+    for run in (alone, disturbed):
+        run.close()
+
+
+def test_a_lazy_model_that_cannot_be_loaded_is_refused_for_good(server):
+    service = tinker.ServiceClient(base_url=server.url, api_key="tml-test")
+    for _ in range(2):
+        refusal = refused(service.create_lora_training_client, "me/broken", 4)
+        assert refusal.status == 400 and "me/broken cannot be served" in refusal.detail
+        assert refused(service.create_sampling_client, base_model="me/broken").status == 400
+    assert httpx.get(f"{server.url}/api/v1/healthz").status_code == 200
+    service.holder.close()
+
+
+def test_models_are_listed_added_and_removed_while_the_server_runs(server):
+    bystander = Run(server.url)
+    added = command(server, "models", "add", f"me/third={FOLDER}")
+    assert added.returncode == 0 and "me/third" in added.stdout, added.stderr
+    assert states(server)["me/third"] == "ready"
+    listed = command(server, "models", "list").stdout
+    assert all(name in listed for name in (NANO, LAZY, "me/third"))
+    run = Run(server.url, "me/third")
+    run.step()
+    twice = command(server, "models", "add", f"me/third={FOLDER}")
+    assert twice.returncode != 0 and "served already" in twice.stderr
+
+    assert command(server, "models", "remove", "me/third").returncode == 0
+    assert "me/third" not in states(server)
+    assert "served are" in refused(run.sdk.save_state, "x").detail
+    assert command(server, "models", "remove", "me/third").returncode != 0
+    bystander.trains_on()
+
+    assert command(server, "models", "add", f"me/third={FOLDER}", "--lazy").returncode == 0
+    assert states(server)["me/third"] == "idle"
+    run.trains_on()
+    for made in (run, bystander):
+        made.close()
+
+
+def test_a_model_that_cannot_be_added_changes_nothing(server, tmp_path):
+    for wrong in (f"me/wrong={tmp_path}", f"me/wrong={tmp_path / 'nothing'}", "me/wrong=/etc/passwd"):
+        refusal = command(server, "models", "add", wrong)
+        assert refusal.returncode != 0 and refusal.stderr and "Traceback" not in refusal.stderr, refusal.stderr
+    assert "me/wrong" not in states(server)
+
+
+def test_a_data_directory_in_use_is_one_line(server):
+    line = [sys.executable, "-m", "tinkercloud", "serve", "--port", "0", "--data-dir", str(server.data_dir)]
+    second = subprocess.run(line, check=False, capture_output=True, text=True, timeout=PATIENCE)
+    assert second.returncode != 0 and "in use by another server" in second.stderr
+    assert "Traceback" not in second.stderr
