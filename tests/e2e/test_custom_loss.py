@@ -11,7 +11,7 @@ from tests.engine.examples import Datum
 from tinkercloud.control.folders import checkpoint_folder, parse_checkpoint_path
 from tinkercloud.nano import FOLDER
 
-LINEAR = 1e6
+LINEAR = 1e12
 """An eps beside which any gradient is nothing: AdamW's first step is then learning_rate / eps times the gradient."""
 
 
@@ -33,7 +33,7 @@ def test_a_custom_loss_has_the_gradient_of_its_formula(server, client, training)
     texts = ("The sky is green today.", "Two and two is five.", "Hello there.")
     data = [datum(tokenizer.encode(text)) for text in texts]
     training.forward_backward(data, "cross_entropy").result()
-    training.optim_step(types.AdamParams(learning_rate=1e-2)).result()
+    training.optim_step(types.AdamParams(learning_rate=1e-3)).result()
     path = training.save_state("before").result().path
 
     fresh = client.create_training_client_from_state(path).result()
