@@ -57,7 +57,7 @@ def test_steps_equal_the_formula(trainer_of, rank, clip):
     pairs = _pairs(trainer, parameters_of(trainer, "m"))
     momenta = [(np.zeros_like(a), np.zeros_like(b)) for a, b in pairs]
     generator = torch.Generator().manual_seed(rank)
-    for step in range(3):
+    for _ in range(3):
         run(trainer, forward_backward("m", DATA))
         gradient = gradient_of(trainer, "m")
         gradient.add_(torch.randn(gradient.shape, generator=generator))
