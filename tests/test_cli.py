@@ -1,15 +1,21 @@
 """The command line as its users have it: a process, its exit status and what it prints."""
 
+import contextlib
+import io
+import logging
 import os
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from rich.color import ColorSystem
 
+from tinkercloud.cli import serve
 from tinkercloud.cli.demo import LESSON
 
 COMMAND = [sys.executable, "-m", "tinkercloud"]
@@ -58,6 +64,12 @@ def test_version_names_what_a_report_needs():
         (("serve", "--set", "prot=3"), "did you mean 'port'"),
         (("serve", "--set", "port"), "write it as SETTING=VALUE"),
         (("serve", "--config", "/no/such.toml"), "does not exist"),
+        (
+            ("serve", "--port", "0", "--data-dir", "/proc/x"),
+            "/proc/x: No such file or directory; give another --data-dir",
+        ),
+        (("serve", "--port", "0", "--data-dir", "/etc/passwd"), "/etc/passwd: File exists; give another --data-dir"),
+        (("serve", "--log-file", "/proc/x.log"), "/proc/x.log: No such file or directory; give another --log-file"),
         (("checkpoints", "import", "/"), "has no adapter_config.json"),
         (("models", "list", "--url", "http://127.0.0.1:1"), "no server answers at http://127.0.0.1:1"),
         (("models", "list", "--url", "nonsense"), "no server answers at nonsense"),
@@ -77,6 +89,44 @@ def test_a_taken_port_is_said_at_once():
         done = run("serve", "--port", str(taken.getsockname()[1]))
     assert done.returncode == 2
     assert "cannot listen on 127.0.0.1" in done.stderr and "--port" in done.stderr
+
+
+def test_a_newer_servers_data_are_one_line(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as database:
+        database.execute("CREATE TABLE alembic_version (version_num TEXT)")
+        database.execute("INSERT INTO alembic_version VALUES ('9999')")
+        database.commit()
+    done = run("serve", "--port", "0", "--data-dir", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the ledger is at version 9999") and done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_while_the_server_is_imported_ends_without_a_word(tmp_path):
+    interrupting = """
+import signal, sys
+from tinkercloud.__main__ import main
+
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "uvicorn":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Finder)
+main()
+"""
+    command = [sys.executable, "-c", interrupting, "serve", "--port", "0", "--data-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_log_lines_on_a_terminal_are_neither_coloured_nor_wrapped(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(serve.err, "_file", screen)
+    monkeypatch.setattr(serve.err, "_force_terminal", True)
+    monkeypatch.setattr(serve.err, "_color_system", ColorSystem.TRUECOLOR)
+    line = "engine Qwen/Qwen3-8B [bold]:smile: ready after 1.5 s " + "and " * 40 + "more"
+    serve.TerminalHandler().emit(logging.makeLogRecord({"msg": line}))
+    assert screen.getvalue() == line + "\n"
 
 
 def test_doctor_finds_a_sound_machine_sound(tmp_path):

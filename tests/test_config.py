@@ -110,13 +110,15 @@ def test_models_from_file_and_environment(monkeypatch, tmp_path):
     ("given", "said"),
     [
         ({"models": ["a=missing"]}, "there is no folder 'missing'"),
+        ({"models": ["a=mine/config.json"]}, "model a=mine/config.json: 'mine/config.json' is a file; give the folder"),
+        ({"models": ["./mine/config.json"]}, "'mine/config.json' is a file; give the folder"),
         ({"models": ["empty"]}, "has no config.json"),
         ({"models": ["../x y"]}, "neither a folder nor a Hugging Face id"),
         ({"models": ["a/../b"]}, "neither a folder nor a Hugging Face id"),
         ({"models": ["../../etc=mine"]}, "cannot be a model's name"),
         ({"models": ["a", "a"]}, "two models are called a"),
         ({"models": ["a,max_rnk=3"]}, "did you mean 'max_rank'"),
-        ({"models": ["a,max_rank=0"]}, "models.0.max_rank: Input should be greater than 0 (it is '0')"),
+        ({"models": ["a,max_rank=0"]}, "model a,max_rank=0: max_rank: Input should be greater than 0 (it is '0')"),
         ({"host": "0.0.0.0"}, "can be reached from other machines"),
         ({"host": "example.org"}, "can be reached from other machines"),
         ({"port": 70000}, "port: "),
@@ -134,9 +136,9 @@ def test_errors_say_what_is_wrong(tmp_path, given, said):
 
 
 def test_an_unknown_key_in_the_file_names_the_nearest(tmp_path):
-    with pytest.raises(ConfigError, match=r"'models.0.maxrank'; did you mean 'max_rank'"):
+    with pytest.raises(ConfigError, match=r"^model a: there is no setting 'maxrank'; did you mean 'max_rank'\?$"):
         Settings.load(config=toml(tmp_path, '[[models]]\nname = "a"\nmaxrank = 3'))
-    with pytest.raises(ConfigError, match="not TOML"):
+    with pytest.raises(ConfigError, match=r"server\.toml is not TOML"):
         Settings.load(config=toml(tmp_path, "port 8000"))
 
 

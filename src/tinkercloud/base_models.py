@@ -32,7 +32,7 @@ def parse_model(text: str) -> dict[str, Any]:
         fields["name"], folder = head.split("=", 1)
         fields["source"] = folder
         if folder not in (EMBEDDED, "builtin") and not Path(folder).expanduser().is_dir():
-            raise ModelError(f"{text!r}: there is no folder {folder!r}")
+            raise ModelError(f"model {text}: {_no_folder(folder)}")
     return fields | dict(option.split("=", 1) for option in tail.split(",")[1:])
 
 
@@ -51,9 +51,17 @@ def resolve_source(name: str, source: str) -> tuple[str, str]:
             )
         return _checked(name if source or NAME.fullmatch(name) else folder.resolve().name), str(folder.resolve())
     hub = NAME.fullmatch(source or name)
+    if not hub and folder.exists():
+        raise ModelError(f"model {name}: {_no_folder(str(folder))}")
     if not hub:
         raise ModelError(f"{source or name!r} is neither a folder nor a Hugging Face id such as Qwen/Qwen3-8B")
     return _checked(name), hub["id"]
+
+
+def _no_folder(path: str) -> str:
+    if Path(path).expanduser().exists():
+        return f"{path!r} is a file; give the folder that it is in"
+    return f"there is no folder {path!r}"
 
 
 def _checked(name: str) -> str:

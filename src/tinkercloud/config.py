@@ -11,8 +11,7 @@ import ipaddress
 import json
 import os
 import sys
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -77,9 +76,19 @@ def _read_models(value: Any) -> Any:
     """Accepts tables, `--model` texts, and (from the environment) either one such text or a JSON list of both."""
     if isinstance(value, str):
         value = json.loads(value) if value.lstrip().startswith("[") else [value]
-    if isinstance(value, list | tuple):
-        return [parse_model(item) if isinstance(item, str) else item for item in value]
-    return value
+    return [_read_model(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _read_model(item: Any) -> ModelSettings:
+    """One model. ModelError calls it what its user calls it."""
+    if isinstance(item, ModelSettings):
+        return item
+    fields = parse_model(item) if isinstance(item, str) else item
+    try:
+        return ModelSettings.model_validate(fields)
+    except ValidationError as error:
+        called = item if isinstance(item, str) else fields.get("name", fields) if isinstance(fields, dict) else fields
+        raise ModelError(f"model {called}: {sentences(error)}") from None
 
 
 def _default_data_dir() -> Path:
@@ -199,7 +208,12 @@ class Settings(PerModel, BaseSettings):
         file = Path(path).expanduser()
         if not file.is_file():
             raise ConfigError(f"the configuration file {file} does not exist")
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=file)
+        try:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=file)
+        except ValueError as error:
+            raise ConfigError(f"the configuration file {file} is not TOML: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"the configuration file {file} cannot be read: {error.strerror}") from None
 
     @classmethod
     def load(cls, **given: Any) -> Settings:
@@ -208,11 +222,9 @@ class Settings(PerModel, BaseSettings):
         try:
             return cls(**{name: value for name, value in given.items() if value is not None})
         except ValidationError as error:
-            raise ConfigError("; ".join(_sentence(problem) for problem in error.errors())) from None
-        except (ModelError, json.JSONDecodeError) as error:
-            raise ConfigError(f"models: {error}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"the configuration file is not TOML: {error}") from None
+            raise ConfigError(sentences(error)) from None
+        except ModelError as error:
+            raise ConfigError(str(error)) from None
 
     def model(self, name: str) -> ModelSettings:
         """The settings of one of the models. KeyError if it is not served."""
@@ -251,14 +263,19 @@ def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[tuple[str
     return [(name, next(iter(difflib.get_close_matches(name.upper(), known)), None)) for name in strange]
 
 
-def _sentence(problem: Any) -> str:
-    *where, key = problem["loc"] or ("settings",)
+def sentences(error: ValidationError) -> str:
+    """What is wrong with each setting of a server or of a model."""
+    known = ModelSettings.model_fields if error.title == ModelSettings.__name__ else Settings.model_fields
+    return "; ".join(_sentence(problem, known) for problem in error.errors())
+
+
+def _sentence(problem: Any, known: Iterable[str]) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = list((ModelSettings if where else Settings).model_fields)
-        near = difflib.get_close_matches(str(key), known, n=1)
+        near = difflib.get_close_matches(place, known, n=1)
         meant = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(sorted(known))}"
         return f"there is no setting {place!r}; {meant}"
     if problem["type"] == "value_error":
-        return f"{place}: {problem['ctx']['error']}"
+        error = problem["ctx"]["error"]
+        return str(error) if isinstance(error, ModelError) else f"{place}: {error}"
     return f"{place}: {problem['msg']} (it is {problem['input']!r})"

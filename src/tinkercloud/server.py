@@ -21,6 +21,8 @@ from tinkercloud.config import Settings
 from tinkercloud.control.engines import OnProgress
 from tinkercloud.control.housekeeping import keep_house
 from tinkercloud.control.service import Service
+from tinkercloud.ledger.database import WrongVersion
+from tinkercloud.ledger.lock import DataDirInUse
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +39,15 @@ def run(
     on_progress: OnProgress = lambda model, fraction, text: None,
     on_listening: Callable[[str], None] = lambda url: None,
     on_ready: Callable[[], None] = lambda: None,
+    on_stopping: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. Returns when everything is on disk and every engine has ended.
 
-    `on_listening` gets the URL, before the base models are loaded; `on_ready` is called once when they all are.
-    Raises StartError if a base model cannot be loaded, OSError if the port is taken.
+    `on_listening` gets the URL, before the base models are loaded; `on_ready` is called once when they all are,
+    `on_stopping` once when a signal has come. Raises StartError if a base model cannot be loaded or the data folder not
+    be used, OSError if the port is taken.
     """
-    asyncio.run(_serve(settings, on_progress, on_listening, on_ready))
+    asyncio.run(_serve(settings, on_progress, on_listening, on_ready, on_stopping))
 
 
 class _Server(uvicorn.Server):
@@ -55,10 +59,22 @@ class _Server(uvicorn.Server):
 
 
 async def _serve(
-    settings: Settings, on_progress: OnProgress, on_listening: Callable[[str], None], on_ready: Callable[[], None]
+    settings: Settings,
+    on_progress: OnProgress,
+    on_listening: Callable[[str], None],
+    on_ready: Callable[[], None],
+    on_stopping: Callable[[], None],
 ) -> None:
     listener = _bind(settings)
-    service = await Service.start(settings, on_progress)
+    try:
+        service = await Service.start(settings, on_progress)
+    except (DataDirInUse, WrongVersion) as error:
+        raise StartError(str(error)) from None
+    except OSError as error:
+        where = error.filename or settings.data_dir
+        raise StartError(
+            f"the data folder cannot be used: {where}: {error.strerror}; give another --data-dir"
+        ) from None
     config = uvicorn.Config(
         create_app(service, settings),
         log_config=None,
@@ -70,7 +86,9 @@ async def _serve(
     server = _Server(config)
 
     def stop() -> None:
-        service.release()  # at once, so that the stop does not wait for held polls
+        if not server.should_exit:
+            on_stopping()
+        service.release()  # at once, so that the stop does not wait for held polls and loading models
         server.force_exit = server.should_exit  # the second signal waits for nobody
         server.should_exit = True
 
@@ -114,5 +132,5 @@ async def _announce_ready(service: Service, server: uvicorn.Server, on_ready: Ca
         await service.models.settled()
         if service.models.failures():
             server.should_exit = True
-        else:
+        elif not server.should_exit:
             on_ready()

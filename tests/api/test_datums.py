@@ -5,6 +5,7 @@ import pytest
 
 from tinkercloud.api.datums import operation_from
 from tinkercloud.api.wire.arrays import Batch
+from tinkercloud.engine.losses import LOSSES
 from tinkercloud.engine.types import BaseModelInfo, Datum
 from tinkercloud.errors import InvalidRequest
 
@@ -99,6 +100,21 @@ def test_a_wrong_loss_is_named(loss_fn, config, says):
         given = datum(weights=None, logprobs=np.zeros(3, F), advantages=np.zeros(3, F))
     with pytest.raises(InvalidRequest, match=says):
         accepted(given, loss_fn=loss_fn, config=config)
+
+
+@pytest.mark.parametrize("loss_fn", [name for name, loss in LOSSES.items() if loss.counts != "weights"])
+def test_each_input_of_a_loss_is_required_and_no_other_is_read(loss_fn):
+    values = {wanted.name: np.ones(3, F) for wanted in LOSSES[loss_fn].inputs[1:]}
+    whole = datum(weights=None, **values)
+    assert accepted(whole, loss_fn=loss_fn).loss_fn == loss_fn
+    for name in values:
+        with pytest.raises(InvalidRequest, match=f"datum 0: {loss_fn} needs {name} in loss_fn_inputs"):
+            accepted(datum(weights=None, **(values | {name: None})), loss_fn=loss_fn)
+    with pytest.raises(InvalidRequest, match=f"{loss_fn} does not read weights"):
+        accepted(datum(**values), loss_fn=loss_fn)
+    several = {name: np.ones((3, 2), F) for name in values}
+    with pytest.raises(InvalidRequest, match=rf"target_tokens of {loss_fn} must be integers \[N\]"):
+        accepted(datum(weights=None, target_tokens=np.ones((3, 2), int), **several), loss_fn=loss_fn)
 
 
 def test_no_data_is_refused():

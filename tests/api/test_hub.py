@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import HfApi, errors
 
 from tests.api.conftest import MODEL
+from tests.recipes.hub import fill_cache
 from tests.serving import Server
 from tinkercloud.nano import FOLDER
 
@@ -63,6 +64,21 @@ def test_a_file_has_what_a_cache_needs(server):
     size = (FOLDER / "tokenizer.json").stat().st_size
     assert head.status_code == 200 and int(head.headers["content-length"]) == size == len(get.content)
     assert head.headers["etag"] == get.headers["etag"] and len(head.headers["x-repo-commit"]) == 40
+
+
+def test_a_lazy_models_tokenizer_takes_no_engine(tmp_path):
+    fill_cache(tmp_path)
+    hub = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    models = (f"me/lazy={FOLDER}", "Qwen/Qwen3-8B", "tinkercloud/nano", "no/where")
+    options = [part for model in models for part in ("--model", f"{model},lazy=true")]
+    with Server(tmp_path / "data", *options, **hub) as server:
+        for model in ("me/lazy", "Qwen/Qwen3-8B", "tinkercloud/nano"):
+            answer = httpx.get(f"{server.url}/hf/{model}/resolve/main/tokenizer.json")
+            assert answer.content == (FOLDER / "tokenizer.json").read_bytes()
+        unknown = httpx.get(f"{server.url}/hf/no/where/resolve/main/tokenizer.json")
+        assert unknown.status_code == 404 and "no/where cannot be fetched" in unknown.json()["detail"]
+        states = httpx.get(f"{server.url}/api/v1/healthz").json()["engines"]
+        assert set(states.values()) == {"idle"} and server.engine_pids() == []
 
 
 CLIENTS = """

@@ -76,6 +76,29 @@ def test_the_three_forms_of_a_batch_give_the_same_numbers(run):
     assert output.metrics == results[0]["metrics"]
 
 
+def test_sparse_targets_in_json_are_the_dense_ones(run):
+    """Three positions of two targets each; the second has none, and what is not listed is target 0 of weight 0."""
+    tokens = {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]}
+    dense = {
+        "target_tokens": {"data": [7, 8, 0, 0, 0, 9], "dtype": "int64", "shape": [3, 2]},
+        "weights": {"data": [0.5, 0.25, 0.0, 0.0, 0.0, -1.0], "dtype": "float32", "shape": [3, 2]},
+    }
+    rows = {"shape": [3, 2], "sparse_crow_indices": [0, 2, 2, 3], "sparse_col_indices": [0, 1, 1]}
+    sparse = {
+        "target_tokens": {"data": [7, 8, 9], "dtype": "int64", **rows},
+        "weights": {"data": [0.5, 0.25, -1.0], "dtype": "float32", **rows},
+    }
+    results = []
+    for inputs in (dense, sparse):
+        given = {"data": [{"model_input": tokens, "loss_fn_inputs": inputs}], "loss_fn": "cross_entropy"}
+        future = run.post("forward_backward", model_id=run.id, seq_id=run.next_seq(), forward_backward_input=given)
+        results.append(run.result(future["request_id"]))
+    assert results[0] == results[1]
+    (output,) = results[0]["loss_fn_outputs"]
+    assert output["logprobs"]["shape"] == output["elementwise_loss"]["shape"] == [3, 2]
+    assert results[0]["metrics"]["active_tokens:sum"] == 2
+
+
 def test_only_the_quickstarts_client_may_send_targets_of_another_length(run):
     shorter = batch(1, 2, 3, target_tokens=np.array([7, 8]), weights=np.ones(2, np.float32))
     assert run.send_proto(run.proto(shorter)).status_code == 400

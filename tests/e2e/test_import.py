@@ -1,5 +1,6 @@
 """An adapter that was trained elsewhere is imported by the command line, sampled from and trained on."""
 
+import os
 import subprocess
 import sys
 
@@ -17,9 +18,13 @@ from tinkercloud.nano import FOLDER
 TOKENS = [10, 11, 12, 13, 14, 15, 16, 17]
 
 
+def command(*arguments, **environ):
+    line = [sys.executable, "-m", "tinkercloud", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, env=os.environ | environ)
+
+
 def import_folder(server, folder, *options):
-    command = [sys.executable, "-m", "tinkercloud", "checkpoints", "import", str(folder), "--url", server.url, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return command("checkpoints", "import", str(folder), "--url", server.url, *options)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,8 @@ def test_an_imported_adapter_gives_pefts_logprobs_and_trains_on(server, client, 
     assert done.returncode == 0, done.stderr
     path = done.stdout.strip()
     assert path.startswith("tinker://") and path.endswith("/weights/mine")
+    listed = command("checkpoints", "list", "--url", server.url, COLUMNS="40").stdout.splitlines()
+    assert path in [line.split()[0] for line in listed]
 
     with torch.no_grad():
         logits = adapter(input_ids=torch.tensor([TOKENS])).logits[0]
@@ -68,8 +75,14 @@ def test_an_imported_adapter_gives_pefts_logprobs_and_trains_on(server, client, 
 def test_what_cannot_be_imported_is_refused_with_a_reason(server, client, folder, tmp_path):
     done = import_folder(server, folder, "--base-model", "nobody/nothing")
     assert done.returncode == 2 and "tinkercloud/nano" in done.stderr
+    done = import_folder(server, folder)
+    assert done.returncode == 2 and "`--base-model NAME` (served are: tinkercloud/nano)" in done.stderr
     (tmp_path / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
     done = import_folder(server, tmp_path, "--base-model", "tinkercloud/nano", "--name", "halves")
     assert done.returncode == 2 and "adapter_model.safetensors" in done.stderr
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "adapter_model.safetensors").write_bytes(weights[:-100])
+    done = import_folder(server, tmp_path, "--base-model", "tinkercloud/nano", "--name", "halves")
+    assert done.returncode == 2 and "is damaged or cut short" in done.stderr
     with pytest.raises(tinker.NotFoundError):
         client.create_sampling_client(model_path="tinker://import-x/weights/halves").result()

@@ -167,7 +167,7 @@ SPOILED = {
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter_config.json"),
     "bad config": (lambda folder: (folder / "adapter_config.json").write_text("{"), "cannot be read"),
     "no weights": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
-    "cut off": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"abc"), "cannot be read"),
+    "cut off": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"abc"), "is damaged or cut short"),
     "dora": (lambda folder: _edit_config(folder, use_dora=True), "DoRA"),
     "bias": (lambda folder: _edit_config(folder, bias="all"), "biases"),
     "modules": (lambda folder: _edit_config(folder, modules_to_save=["norm"]), "modules_to_save"),

@@ -248,12 +248,9 @@ def test_a_loss_that_is_not_finite_fails_alone(trainer_of):
     for each in (trainer, undisturbed):
         run(each, *shaken("m"), *shaken("other"), forward_backward("m", [GOOD]))
     before = gradient_of(trainer, "m").clone()
-    fine = make_datum(82, 20, loss="importance_sampling")
-    bad = _bad(POLICY, logprobs=np.full(6, -1e4, np.float32), advantages=np.ones(6, np.float32))
+    bad = _bad(GOOD, weights=np.full(6, 3e38, np.float32))
     failure, other = together(
-        trainer,
-        forward_backward("m", [fine, bad], loss="importance_sampling"),
-        forward_backward("other", RAGGED["all"]),
+        trainer, forward_backward("m", [make_datum(82, 20), bad]), forward_backward("other", RAGGED["all"])
     )
     assert failure == Failure(failure.error, "user")
     assert "datum 1 is not finite" in failure.error

@@ -18,7 +18,7 @@ from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.validate import check_name
 from tinkercloud.api.wire import json as wire
 from tinkercloud.base_models import ModelError
-from tinkercloud.config import ModelSettings
+from tinkercloud.config import ModelSettings, sentences
 from tinkercloud.errors import Forbidden, InvalidRequest
 
 
@@ -62,15 +62,14 @@ async def add_model(request: Request, service: ServiceOf) -> dict[str, Any]:
     except ModelError as error:
         raise InvalidRequest(str(error)) from None
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, p['loc']))}: {p['msg']}" for p in error.errors(include_url=False))
-        raise InvalidRequest("; ".join(problems)) from None
+        raise InvalidRequest(sentences(error)) from None
     await service.models.serve(model)
     engine = service.models.get(model.name).engine
     if not model.lazy:
         await engine.settled()
-        if engine.state != "ready":
+        if failure := engine.failure:
             await service.models.withdraw(model.name)
-            raise InvalidRequest(f"{model.name} cannot be served: {engine.failure}")
+            raise InvalidRequest(f"{model.name} cannot be served: {failure}")
     return {"name": model.name, "state": engine.state}
 
 

@@ -22,6 +22,7 @@ from tinkercloud.api.dependencies import ServiceOf
 from tinkercloud.api.wire.answers import Json
 from tinkercloud.control.service import Service
 from tinkercloud.engine.types import BaseModelInfo
+from tinkercloud.errors import NotFound
 
 router = APIRouter(tags=["tokenizers"])
 
@@ -32,6 +33,13 @@ TOKENIZER_FILE = re.compile(
     re.ASCII,
 )
 """Names of the files that are given out."""
+
+
+FETCHED = ["tokenizer*", "*.tiktoken", "*.jinja", "*.txt", "*.model", "*config.json", "*tokens*.json", "*vocab.json"]
+"""The files of a hub's repository that those are among."""
+
+_fetching = asyncio.Lock()
+"""One at a time: a server whose own HF_ENDPOINT is itself must not ask itself on and on."""
 
 
 class Repository(Struct, frozen=True):
@@ -108,11 +116,32 @@ def _hub_name(name: str) -> str:
 
 
 async def _repository(service: Service, name: str) -> Repository | None:
-    served = next((model for model, _ in service.models.known() if name in (model, _hub_name(model))), None)
-    if served is None:
+    engines = (served.engine for served in service.models)
+    source = next((e.options.source for e in engines if name in (e.name, _hub_name(e.name))), None)
+    if source is None:
         return None
-    info = await service.models.info(served)
-    return await asyncio.to_thread(_read_repository, name, Path(info.folder))
+    folder = Path(source)
+    if not folder.is_dir():
+        async with _fetching:
+            folder = await asyncio.to_thread(_from_hub, source)
+    return await asyncio.to_thread(_read_repository, name, folder)
+
+
+def _from_hub(source: str) -> Path:
+    """Where the tokenizer of a hub's model is: in the hub's cache, else fetched into it. That takes no engine, which a
+    lazy model may not have. NotFound if the hub does not give it."""
+    from huggingface_hub import snapshot_download  # takes 0.3 s to import
+
+    try:
+        cached = Path(snapshot_download(source, local_files_only=True))
+        if any(cached.glob("tokenizer*")):
+            return cached
+    except FileNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(source, allow_patterns=FETCHED))
+    except Exception as error:  # the hub's client lets those of its HTTP library through
+        raise NotFound(f"the tokenizer of {source} cannot be fetched: {' '.join(str(error).split())}") from None
 
 
 def _read_repository(name: str, folder: Path) -> Repository:

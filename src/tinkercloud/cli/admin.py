@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import typer
-from rich.table import Table
+from rich.filesize import decimal
+from rich.text import Text
 
 from tinkercloud.base_models import ModelError, parse_model
 from tinkercloud.cli.console import CommandError, out
@@ -24,20 +26,26 @@ checkpoints = typer.Typer(help="List or import checkpoints of a running server."
 REQUEST_SECONDS = 600.0
 """How long a command waits for the server: a base model may be downloaded and loaded meanwhile."""
 
+PAGE = 1000
+"""Checkpoints asked for at a time: the most that the server gives."""
+
 Url = Annotated[
     str | None,
-    typer.Option(envvar="TINKER_BASE_URL", help="The running server.", show_default="http://127.0.0.1:8000"),
+    typer.Option(
+        envvar="TINKER_BASE_URL",
+        help="The running server; without it, the one that the settings describe (http://127.0.0.1:8000).",
+        show_default=False,
+    ),
 ]
 
 
 @models.command("list")
 def list_models(url: Url = None) -> None:
     """Show the base models and the state of each."""
-    table = Table("model", "state", "source", box=None)
+    rows = [("model", "state", "source")]
     for model in _ask(url, "GET", "/api/v1/admin/models")["models"]:
-        state = model["state"] + (" (lazy)" if model.get("lazy") else "")
-        table.add_row(model["name"], state, model.get("source", ""))
-    out.print(table)
+        rows.append((model["name"], model["state"] + (" (lazy)" if model["lazy"] else ""), model["source"]))
+    _print_columns(rows)
 
 
 @models.command("add")
@@ -53,24 +61,32 @@ def add_model(
     except ModelError as error:
         raise CommandError(str(error)) from None
     body = chosen.model_dump(mode="json", include=set(given)) | {"name": chosen.name, "source": chosen.source}
-    _ask(url, "POST", "/api/v1/admin/models", body | {"lazy": lazy or chosen.lazy})
-    out.print(f"{chosen.name} is served.", highlight=False)
+    answer = _ask(url, "POST", "/api/v1/admin/models", body | {"lazy": lazy or chosen.lazy})
+    loaded = answer["state"] == "ready"
+    out.print(
+        f"{chosen.name} is served." if loaded else f"{chosen.name} will be loaded when a client first asks for it."
+    )
 
 
 @models.command("remove")
 def remove_model(name: Annotated[str, typer.Argument(help="As `models list` shows it.")], url: Url = None) -> None:
     """Stop serving a base model; its training runs and checkpoints stay on disk."""
     _ask(url, "DELETE", f"/api/v1/admin/models/{quote(name)}")
-    out.print(f"{name} is no longer served.", highlight=False)
+    out.print(f"{name} is no longer served.")
 
 
 @checkpoints.command("list")
 def list_checkpoints(url: Url = None) -> None:
     """Show the checkpoints, with the path that clients load them by."""
-    table = Table("path", "saved", "bytes", box=None)
-    for checkpoint in _ask(url, "GET", "/api/v1/checkpoints")["checkpoints"]:
-        table.add_row(checkpoint["tinker_path"], checkpoint["time"], str(checkpoint.get("size_bytes", "")))
-    out.print(table)
+    rows = [("path", "saved", "size")]
+    total = None
+    while total is None or len(rows) <= total:
+        page = _ask(url, "GET", f"/api/v1/checkpoints?limit={PAGE}&offset={len(rows) - 1}")
+        for checkpoint in page["checkpoints"]:
+            saved = datetime.fromisoformat(checkpoint["time"]).astimezone()
+            rows.append((checkpoint["tinker_path"], f"{saved:%Y-%m-%d %H:%M}", decimal(checkpoint["size_bytes"])))
+        total = page["cursor"]["total_count"] if page["checkpoints"] else 0
+    _print_columns(rows)
 
 
 @checkpoints.command("import")
@@ -89,7 +105,17 @@ def import_checkpoint(
         )
     body = {"folder": str(folder.resolve()), "base_model": base_model, "name": name or folder.resolve().name}
     answer = _ask(url, "POST", "/api/v1/admin/checkpoints/import", body)
-    out.print(answer["path"], highlight=False, soft_wrap=True)
+    out.print(answer["path"], soft_wrap=True)
+
+
+def _print_columns(rows: list[tuple[str, ...]]) -> None:
+    """Lines that are as long as they must be: a path that is cut or wrapped cannot be copied. The first row, the names
+    of the columns, is for people: without a terminal the lines are only what was asked for."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, row in enumerate(rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        if number or out.is_terminal:
+            out.print(Text(line, "" if number else "dim"), soft_wrap=True)
 
 
 def _ask(url: str | None, method: str, path: str, body: dict[str, Any] | None = None) -> Any:

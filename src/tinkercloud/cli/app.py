@@ -30,5 +30,5 @@ def main() -> None:
     try:
         app()
     except (ConfigError, CommandError) as error:
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)

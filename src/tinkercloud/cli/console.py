@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
-out = Console()
+out = Console(highlight=False, emoji=False)
 """What a command was asked for."""
-err = Console(stderr=True)
+err = Console(stderr=True, highlight=False, emoji=False)
 """Everything else: progress, log lines, errors."""
 
 

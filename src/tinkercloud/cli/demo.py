@@ -42,12 +42,11 @@ def demo() -> None:
     with tempfile.TemporaryDirectory(prefix="tinkercloud-demo-") as folder:
         out.print(f"Starting a server on the embedded model {EMBEDDED} ...")
         with running_server(Path(folder)) as server:
-            out.print(f"[green]✓[/] it listens at {server.url}\n", highlight=False)
+            out.print(f"[green]✓[/] it listens at {server.url}\n")
             first, last = _teach(server.url)
     out.print(
         f"\n[green]✓[/] loss per token {first:.3f} → {last:.3f}; server stopped; "
         f"{time.monotonic() - started:.0f} s in all",
-        highlight=False,
     )
 
 
@@ -74,7 +73,7 @@ def _teach(url: str) -> tuple[float, float]:
                 update.result()
                 progress.update(task, advance=1, loss=f"loss {losses[-1]:.3f}")
                 if step % STEPS_PER_LINE == 0 or step == 1:
-                    out.print(f"  step {step:2}  loss per token {losses[-1]:.3f}", highlight=False)
+                    out.print(f"  step {step:2}  loss per token {losses[-1]:.3f}")
 
         _ask("after", training.save_weights_and_get_sampling_client().result(), tokenizer)
     return losses[0], losses[-1]
@@ -107,7 +106,7 @@ def _ask(when: str, sampler: tinker.SamplingClient, tokenizer: Any) -> None:
     out.print(f"[bold]What it says {when}:[/]")
     for question, answer in answers.items():
         text = tokenizer.decode(answer.result().sequences[0].tokens, skip_special_tokens=True)
-        out.print(f"  {question:<20} {text!r}", highlight=False, markup=False, soft_wrap=True)
+        out.print(f"  {question:<20} {text!r}", markup=False, soft_wrap=True)
 
 
 def _progress() -> Progress:

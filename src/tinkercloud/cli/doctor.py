@@ -23,6 +23,8 @@ from tinkercloud.config import MIB, ConfigError, ModelSettings, Settings, source
 MIN_PYTHON = (3, 11)
 MIN_DISK_BYTES = 1024 * MIB
 """Room that the data folder should have: a few checkpoints of small adapters."""
+HUB_SECONDS = 10.0
+"""How long the hub may take to say whether it has a model."""
 ENGINE_BYTES = 512 * MIB
 """What an engine process takes beside its weights (torch, activations), roughly."""
 
@@ -56,11 +58,11 @@ def doctor(
         checks += [*environment(), *machine(settings), *storage(settings), *models(settings)]
     for check in checks:
         mark = "[green]✓[/]" if check.ok else "[bold red]✗[/]"
-        out.print(f"{mark} [bold]{check.name}[/] {escape(check.found)}", highlight=False, soft_wrap=True)
+        out.print(f"{mark} [bold]{check.name}[/] {escape(check.found)}", soft_wrap=True)
         if not check.ok:
-            out.print(f"  [yellow]→[/] {escape(check.mend)}", highlight=False, soft_wrap=True)
+            out.print(f"  [yellow]→[/] {escape(check.mend)}", soft_wrap=True)
     broken = sum(not check.ok for check in checks)
-    out.print(f"\n{broken} of {len(checks)} need mending." if broken else "\nAll is well.", highlight=False)
+    out.print(f"\n{broken} of {len(checks)} need mending." if broken else "\nAll is well.")
     raise typer.Exit(1 if broken else 0)
 
 
@@ -123,7 +125,8 @@ def machine(settings: Settings) -> Iterator[Check]:
             mend = "stop the program that listens there, or give another --port"
             yield Check("port", False, f"{settings.host}:{settings.port}: {error.strerror}", mend)
         else:
-            yield Check("port", True, f"{settings.host}:{settings.port} is free")
+            port = f"{settings.host}:{settings.port} is free" if settings.port else "any that is free"
+            yield Check("port", True, port)
 
 
 def storage(settings: Settings) -> Iterator[Check]:
@@ -147,10 +150,12 @@ def models(settings: Settings) -> Iterator[Check]:
         name = f"model {model.name}"
         folder = _local_folder(model)
         if folder is None:
-            from huggingface_hub.constants import HF_HUB_OFFLINE as offline
-
-            found = "not in the Hugging Face cache" + ("; offline" if offline else "; fetched at the first start")
-            yield Check(name, not offline, found, f"on a machine with a network: hf download {model.source}")
+            why_not = _hub_refuses(model.source)
+            found = f"not in the Hugging Face cache; {why_not or 'fetched at the first start'}"
+            mend = (
+                f"correct the name, or with a network (and `hf auth login` if it is gated): hf download {model.source}"
+            )
+            yield Check(name, not why_not, found, mend)
             continue
         missing = [kind for kind in ("config.json", "tokenizer*", "*.safetensors") if not any(folder.glob(kind))]
         mend = "save the model and its tokenizer there with `save_pretrained`, weights as safetensors"
@@ -166,6 +171,22 @@ def _local_folder(model: ModelSettings) -> Path | None:
 
     config = try_to_load_from_cache(model.source, "config.json")
     return Path(config).parent if isinstance(config, str) else None
+
+
+def _hub_refuses(source: str) -> str | None:
+    """Why the hub does not give a model, in a few words; None if it does."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(source, timeout=HUB_SECONDS)
+    except OfflineModeIsEnabled:
+        return "offline (HF_HUB_OFFLINE)"
+    except RepositoryNotFoundError:
+        return "the hub has no such model, or keeps it private"
+    except Exception as error:  # its client lets those of its HTTP library through
+        return f"the hub cannot be asked ({type(error).__name__})"
+    return None
 
 
 def _weight_bytes(model: ModelSettings) -> int:

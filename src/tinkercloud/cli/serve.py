@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 
-from rich.logging import RichHandler
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from tinkercloud.cli import options
 from tinkercloud.cli.console import CommandError, err
@@ -57,14 +58,12 @@ def serve(
         bars.start()
 
     try:
-        run(settings, bars.report, on_listening, bars.ready)
+        run(settings, bars.report, on_listening, bars.ready, bars.stopping)
     except StartError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
             raise
-        if error.filename:
-            raise CommandError(f"{error.filename}: {error.strerror}; give another --data-dir") from None
         raise CommandError(
             f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
             "give another --port, or 0 for any free one"
@@ -75,18 +74,29 @@ def serve(
 
 def _log_to(settings: Settings) -> None:
     handler: logging.Handler
+    line, time = "%(asctime)s %(levelname)-7s %(name)s: %(message)s", None
     if settings.log_file:
-        settings.log_file.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(settings.log_file)
+        try:
+            settings.log_file.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(settings.log_file)
+        except OSError as error:
+            why = f"{error.filename}: {error.strerror}"
+            raise CommandError(f"the log file cannot be written: {why}; give another --log-file") from None
     elif err.is_terminal:
-        handler = RichHandler(console=err, show_path=False, log_time_format="[%X]")
+        handler = TerminalHandler()
+        line, time = "%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"
     else:
         handler = logging.StreamHandler()
-    if not isinstance(handler, RichHandler):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), format="%(message)s")
+    logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), format=line, datefmt=time)
     for library in ("alembic", "httpx", "uvicorn"):
         logging.getLogger(library).setLevel(logging.WARNING)
+
+
+class TerminalHandler(logging.Handler):
+    """Log lines as they are, neither coloured nor wrapped, above the bars of what loads."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(Text(self.format(record)), soft_wrap=True)
 
 
 def _banner(settings: Settings, url: str) -> Panel:
@@ -94,10 +104,12 @@ def _banner(settings: Settings, url: str) -> Panel:
     lines.add_row("[dim]url", f"[bold cyan]{url}")
     for number, model in enumerate(settings.models):
         source = {"builtin": "comes with the package", model.name: "Hugging Face"}.get(model.source, model.source)
-        lines.add_row("" if number else "[dim]models", f"{model.name} [dim]({source}{', lazy' if model.lazy else ''})")
-    lines.add_row("[dim]data", str(settings.data_dir))
+        lines.add_row(
+            "" if number else "[dim]models", f"{model.name} [dim]({escape(source)}{', lazy' if model.lazy else ''})"
+        )
+    lines.add_row("[dim]data", escape(str(settings.data_dir)))
     if settings.log_file:
-        lines.add_row("[dim]log", str(settings.log_file))
+        lines.add_row("[dim]log", escape(str(settings.log_file)))
     return Panel(lines, title="[bold]tinkercloud", title_align="left", expand=False)
 
 
@@ -122,8 +134,14 @@ class LoadingBars:
         """Every model that is loaded at the start is there."""
         self.stop()
         for model in self._tasks:
-            err.print(f"[green]✓[/] {model}", highlight=False)
-        err.print("Ready. Ctrl-C stops the server and keeps everything.", highlight=False)
+            err.print(f"[green]✓[/] {model}")
+        err.print("Ready. Ctrl-C stops the server and keeps everything.")
+
+    def stopping(self) -> None:
+        """A signal has come."""
+        self.stop()
+        err.print("Stopping: finishing what runs and saving every training run ...")
 
     def stop(self) -> None:
-        self._bars.stop()
+        if self._bars.live.is_started:  # rich prints an empty line otherwise
+            self._bars.stop()

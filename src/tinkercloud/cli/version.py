@@ -13,5 +13,5 @@ SHOWN = ("tinkercloud", "torch", "transformers", "tinker")
 def version() -> None:
     """Print the versions that a bug report needs."""
     for name in SHOWN:
-        out.print(f"{name} {metadata.version(name)}", highlight=False)
-    out.print(f"python {platform.python_version()} on {platform.platform()}", highlight=False)
+        out.print(f"{name} {metadata.version(name)}")
+    out.print(f"python {platform.python_version()} on {platform.platform()}")

@@ -119,6 +119,11 @@ class BaseModels:
                 await served.conductor.park_all()
                 await served.engine.stop()
 
+    def release(self) -> None:
+        """The server is about to stop: end the engines that are not ready, and let go of whoever waits for them."""
+        for served in self:
+            served.engine.release()
+
     async def stop(self) -> None:
         """Finish the running cycles, put every training run on disk, end the engines."""
         await asyncio.gather(*(_end(served) for served in self))
@@ -141,5 +146,6 @@ class BaseModels:
 
 async def _end(served: Served) -> None:
     await served.desk.stop()
+    served.engine.release()
     await served.conductor.stop()
     await served.engine.stop()

@@ -50,9 +50,16 @@ class Checkpoints:
         """
         try:
             lora = read_adapter_config(folder)
-            base_model = base_model or read_base_model(folder)
+            named = base_model or read_base_model(folder)
         except OperationError as error:
             raise InvalidRequest(f"{folder} cannot be imported: {error}") from None
+        if base_model is None and named not in self._models:
+            served = ", ".join(sorted(name for name, _ in self._models.known()))
+            raise InvalidRequest(
+                f"the adapter was made for {named!r}, which is not served under that name; say which model it is for "
+                f"with `--base-model NAME` (served are: {served})"
+            )
+        base_model = named
         info = await self._models.info(base_model)
         if lora.rank > info.max_rank:
             raise InvalidRequest(

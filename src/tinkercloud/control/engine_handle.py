@@ -72,6 +72,7 @@ class EngineHandle:
                 "-m",
                 "tinkercloud.engine.process",
                 str(theirs.fileno()),
+                self._options.name,  # for whoever reads the list of processes
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
                 cwd=self._data_dir,
@@ -102,10 +103,12 @@ class EngineHandle:
         return await future
 
     async def stop(self) -> None:
-        """Let the running cycle end, then end the process."""
+        """Let the running cycle end, then end the process; one that is still loading at once."""
         if self._reading is None:
             return  # it was never started
-        if not self.died.is_set():
+        if not self._ready.done():
+            self._kill()
+        elif not self.died.is_set():
             with contextlib.suppress(ConnectionError):
                 self._send(Stop())
             try:

@@ -43,6 +43,7 @@ class KeptEngine:
         self._handle: EngineHandle | None = None
         self._changed = asyncio.Condition()
         self._supervisor: asyncio.Task[None] | None = None
+        self._released: asyncio.Task[None] | None = None
 
     @property
     def name(self) -> str:
@@ -64,15 +65,18 @@ class KeptEngine:
             self._supervisor = asyncio.create_task(self._supervise(), name=f"engine {self.name}")
 
     async def running(self) -> EngineHandle:
-        """The running engine; waits while it loads or restarts, starts a lazy one. Unavailable if it cannot load."""
+        """The running engine; waits while it loads or restarts, starts a lazy one. Unavailable if it cannot load;
+        cancels whoever waits for it once it is released."""
         self.last_used = time.monotonic()
-        if self._handle is None and self.state in ("idle", "stopped"):
+        if self._handle is None and self.state in ("idle", "stopped") and self._released is None:
             self.start()
         async with self._changed:
-            await self._changed.wait_for(lambda: self._handle is not None or self.failure is not None)
-            if self._handle is None:
-                raise Unavailable(f"base model {self.name} cannot be served: {self.failure}")
-            return self._handle
+            await self._changed.wait_for(lambda: self._handle or self.failure is not None or self._released)
+            if self._handle is not None:
+                return self._handle
+            if self._released is not None:
+                raise asyncio.CancelledError(f"engine {self.name} is released")
+            raise Unavailable(f"base model {self.name} cannot be served: {self.failure}")
 
     @property
     def idle(self) -> bool:
@@ -80,23 +84,36 @@ class KeptEngine:
         return self.lazy and self.state == "ready" and time.monotonic() - self.last_used > self.idle_seconds
 
     async def settled(self) -> None:
-        """Wait until the model is ready or has failed for good."""
+        """Wait until the model is ready, has failed for good or is released."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self.state == "ready" or self.failure is not None)
+            await self._changed.wait_for(lambda: self.state == "ready" or self.failure is not None or self._released)
 
     async def loaded(self) -> BaseModelInfo:
         """What is known of the model, loading it if that is not yet known. InvalidRequest if it cannot load: who asks
-        for it should not come again for the same answer."""
+        for it should not come again for the same answer. Unavailable if it is released meanwhile."""
         if self.info is None:
             try:
                 await self.running()
             except Unavailable as error:
                 raise InvalidRequest(str(error)) from None
+            except asyncio.CancelledError:
+                if self._released is None:
+                    raise
+                raise Unavailable("the server is stopping; ask again when it is back") from None
         assert self.info is not None
         return self.info
 
+    def release(self) -> None:
+        """The server stops. An engine that is not ready ends at once, and whoever waits for it is let go; one that is
+        ready runs until `stop`."""
+        if self._handle is None and self._released is None:
+            self._released = asyncio.create_task(self._end(), name=f"release {self.name}")
+
     async def stop(self) -> None:
         """Let the running cycle end and end the process; the next `running()` starts it again."""
+        await (self._released or self._end())
+
+    async def _end(self) -> None:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)

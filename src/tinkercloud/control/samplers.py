@@ -66,6 +66,8 @@ class Samplers:
                 session_id=f"unbound-{owner}", owner=owner, created_at=now, last_heartbeat=now, state="active"
             )
         )
+        if session.state == "finished":  # finishing it ends what it had, not the owner's right to sample
+            session = await self._ledger.change(SessionRecord, session.session_id, state="active") or session
         weights = hashlib.sha256(f"{base_model} {path}".encode()).digest()
         return await self.create(session, int.from_bytes(weights[:4]), base_model, path)
 

@@ -57,5 +57,6 @@ class Service:
         await self._ledger.close()
 
     def release(self) -> None:
-        """Answer every held poll: the server is about to stop."""
+        """The server is about to stop: answer every held poll, and end the engines that are still loading."""
         self._arrivals.close()
+        self.models.release()

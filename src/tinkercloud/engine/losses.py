@@ -1,11 +1,12 @@
 """The losses that the server knows: what each needs and takes, as the wire names it.
 
-Their formulas are in `engine/torch/losses.py`, one function of the same name each; this table needs neither torch nor
-numpy, so the API validates with it too.
+Their formulas and sources are in `engine/torch/losses.py`, one function of the same name each; this table needs neither
+torch nor numpy, so the API validates with it too. `docs/losses.md` is made from both.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -18,40 +19,101 @@ class LossInput(Struct, frozen=True):
     """One of `loss_fn_inputs`, of the shape of target_tokens."""
 
     name: str
+    meaning: str
     dtype: Literal["int64", "float32"] = "float32"
 
 
+class ConfigKey(Struct, frozen=True):
+    """One of the numbers in `loss_fn_config`."""
+
+    name: str
+    default: float
+    meaning: str
+    switch: bool = False
+    """Whether it is 0 or 1; else it is any number from 0 on."""
+
+
 class Loss(Struct, frozen=True):
+    """What a request for one loss must and may say."""
+
     name: str
     inputs: tuple[LossInput, ...]
     """All required; `target_tokens` is the first."""
-    config: dict[str, float] = {}
-    """The keys of `loss_fn_config`, with their defaults."""
+    counts: str
+    """The input that says by an entry other than 0 which positions the metrics count."""
+    config: tuple[ConfigKey, ...] = ()
     several_targets: bool = False
     """Whether target_tokens may be [N, K], K weighted targets a position, besides [N]."""
     output_type: str = "ArrayRecord"
     """The wire's name for the records that it returns."""
 
+    @property
+    def defaults(self) -> dict[str, float]:
+        return {key.name: key.default for key in self.config}
 
-_TARGETS = LossInput("target_tokens", "int64")
-_POLICY = (_TARGETS, LossInput("logprobs"), LossInput("advantages"))
+
+_TARGETS = LossInput("target_tokens", "the token that each position is to predict", "int64")
+_POLICY = (
+    _TARGETS,
+    LossInput("logprobs", "log-probability that the sampler gave each target"),
+    LossInput("advantages", "how much better than expected; 0 where the token was not sampled"),
+)
+_ENTROPY = ConfigKey("entropy", 0.0, "1 adds the metric `entropy:mean`", switch=True)
+
+
+def _bounds(low: float, high: float) -> tuple[ConfigKey, ConfigKey]:
+    """Bounds of the probability ratio itself, not distances from 1."""
+    return (
+        ConfigKey("clip_low_threshold", low, "lower bound of the probability ratio"),
+        ConfigKey("clip_high_threshold", high, "upper bound of the probability ratio"),
+    )
+
 
 LOSSES: dict[str, Loss] = {
     loss.name: loss
     for loss in (
         Loss(
             "cross_entropy",
-            (_TARGETS, LossInput("weights")),
+            (_TARGETS, LossInput("weights", "weight of each target")),
+            counts="weights",
+            config=(_ENTROPY,),
             several_targets=True,
             output_type="CrossEntropyLossReturn",
         ),
-        Loss("importance_sampling", _POLICY, output_type="ImportanceSamplingLossReturn"),
+        Loss(
+            "importance_sampling",
+            _POLICY,
+            counts="advantages",
+            config=(_ENTROPY,),
+            output_type="ImportanceSamplingLossReturn",
+        ),
         Loss(
             "ppo",
             _POLICY,
-            # Bounds of the probability ratio itself, not distances from 1.
-            config={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
+            counts="advantages",
+            config=(*_bounds(0.8, 1.2), _ENTROPY),
             output_type="PPOLossReturn",
+        ),
+        Loss(
+            "cispo",
+            _POLICY,
+            counts="advantages",
+            config=(*_bounds(0.0, 4.0), _ENTROPY),
+            output_type="CISPOLossReturn",
+        ),
+        Loss(
+            "dro",
+            _POLICY,
+            counts="advantages",
+            config=(ConfigKey("beta", 0.05, "strength of the quadratic penalty"), _ENTROPY),
+            output_type="DROLossReturn",
+        ),
+        Loss(
+            "gspo",
+            (*_POLICY, LossInput("sequence_ratio_mask", "not 0 at the tokens whose mean log-ratio is the sequence's")),
+            counts="sequence_ratio_mask",
+            config=(*_bounds(0.8, 1.2), _ENTROPY),
+            output_type="GSPOLossReturn",
         ),
     )
 }
@@ -66,17 +128,24 @@ def loss_named(name: str) -> Loss:
 
 
 def loss_config(loss: Loss, given: Mapping[str, float | str]) -> dict[str, float]:
-    """`given` over the loss's defaults. OperationError on an unknown key, on text, and on bounds that exclude all."""
-    config = dict(loss.config)
-    for key, value in given.items():
-        if key not in config:
-            known = ", ".join(loss.config) or "no keys"
-            raise OperationError(f"loss_fn_config of {loss.name} has no {key!r}; it takes {known}")
-        if isinstance(value, str) or value != value or abs(value) == float("inf"):
-            raise OperationError(f"loss_fn_config {key!r} must be a finite number, not {value!r}")
-        config[key] = float(value)
-    low, high = config.get("clip_low_threshold"), config.get("clip_high_threshold")
-    if low is not None and high is not None and not 0 <= low <= high:
+    """`given` over the loss's defaults.
+
+    OperationError on an unknown key, on text, on a number out of range, and on bounds that exclude all.
+    """
+    keys = {key.name: key for key in loss.config}
+    config = loss.defaults
+    for name, value in given.items():
+        key = keys.get(name)
+        if key is None:
+            raise OperationError(f"loss_fn_config of {loss.name} has no {name!r}; it takes {', '.join(keys)}")
+        if isinstance(value, str) or not math.isfinite(value):
+            raise OperationError(f"loss_fn_config {name!r} must be a finite number, not {value!r}")
+        if value not in (0, 1) if key.switch else value < 0:
+            right = "0 or 1" if key.switch else "at least 0"
+            raise OperationError(f"loss_fn_config {name!r} of {loss.name} must be {right}, not {value:g}")
+        config[name] = float(value)
+    low, high = config.get("clip_low_threshold", 0.0), config.get("clip_high_threshold", math.inf)
+    if low > high:
         raise OperationError(
             f"clip_low_threshold {low} and clip_high_threshold {high} are bounds of the probability ratio: "
             "0 <= low <= high"

@@ -145,7 +145,7 @@ def read_weights_header(folder: Path) -> tuple[dict[str, tuple[str, str]], dict[
         with safe_open(path, framework="numpy") as file:
             return *_sorted_keys(list(file.keys())), file.metadata() or {}
     except SafetensorError as error:
-        raise OperationError(f"{WEIGHTS_FILE} cannot be read: {error}") from error
+        raise OperationError(f"{WEIGHTS_FILE} is damaged or cut short ({error}); copy it again") from error
 
 
 def _sorted_keys(keys: list[str]) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:

@@ -137,9 +137,6 @@ def _load(options: EngineOptions, sock: socket.socket) -> tuple[Trainer, Sampler
         sock.sendall(frame(Progress(fraction, text)))
 
     progress(0.0, "loading torch")
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()  # the control process shows its own
     from tinkercloud.engine.torch.model import BaseModel
     from tinkercloud.engine.torch.sampler import TorchSampler
     from tinkercloud.engine.torch.trainer import TorchTrainer

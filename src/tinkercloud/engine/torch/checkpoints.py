@@ -186,7 +186,7 @@ def _header(path: Path) -> tuple[list[str], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return list(file.keys()), file.metadata() or {}
     except SafetensorError as error:
-        raise OperationError(f"{path.name} cannot be read: {error}") from error
+        raise OperationError(f"{path.name} is damaged or cut short ({error})") from error
 
 
 def _is_copy(path: Path, key: str, parameter: Tensor | None) -> bool:
@@ -211,4 +211,4 @@ def _fill(path: Path, layout: AdapterLayout, flat: Tensor, keys: dict[str, tuple
                         )
                     view.copy_(tensor)
     except SafetensorError as error:
-        raise OperationError(f"{path.name} cannot be read: {error}") from error
+        raise OperationError(f"{path.name} is damaged or cut short ({error})") from error

@@ -25,10 +25,18 @@ class _Chunk(NamedTuple):
 
 
 class TargetLogprobs:
-    """log p(token | row) of (row, token) pairs; `values` float32 [n]."""
+    """log p(token | row) of (row, token) pairs; `values` float32 [n]. If asked, `entropies` float32 [n], nats: of the
+    whole distribution of each pair's row."""
 
     def __init__(
-        self, model: BaseModel, hidden: Tensor, rows: Tensor, tokens: Tensor, lora: LoraBatch, logits_bytes: int
+        self,
+        model: BaseModel,
+        hidden: Tensor,
+        rows: Tensor,
+        tokens: Tensor,
+        lora: LoraBatch,
+        logits_bytes: int,
+        with_entropies: bool = False,
     ) -> None:
         """`hidden` [T, H] (no autograd); `rows` int64 [n], not decreasing, and `tokens` int64 [n] are the pairs.
 
@@ -41,16 +49,19 @@ class TargetLogprobs:
         self._rows, self._place = torch.unique_consecutive(rows, return_inverse=True)
         self._kept: Tensor | None = None
         chunks = self._chunks(self._rows)
-        values = []
+        values, entropies = [], []
         ends = torch.searchsorted(self._place, torch.tensor([chunk.end for chunk in chunks], device=rows.device))
         first = 0
         for chunk, last in zip(chunks, ends.tolist(), strict=True):
             log_probabilities = self._log_probabilities(self._rows[chunk.start : chunk.end], chunk.lora)
             values.append(log_probabilities[self._place[first:last] - chunk.start, tokens[first:last]])
+            if with_entropies:
+                entropies.append(row_entropies(log_probabilities))
             if len(chunks) == 1:
                 self._kept = log_probabilities
             first = last
         self.values = torch.cat(values)
+        self.entropies = torch.cat(entropies)[self._place] if with_entropies else None
 
     def backward(self, d_values: Tensor) -> Tensor:
         """d_hidden [T, H] from d_values [n]; the unembedding's adapter gradients go where the segments say.
@@ -118,3 +129,12 @@ class TargetLogprobs:
             start = segments[-1].end if segments else 0
             segments.append(self._lora[owner].over(start, (rows for _, rows in own)))
         return LoraBatch(segments)
+
+
+def row_entropies(log_probabilities: Tensor) -> Tensor:
+    """-sum p log p of each row [n, vocabulary], nats [n]."""
+    rows = len(log_probabilities)
+    if rows == 1:
+        # The sum of a single row may be cut among threads, and would then have other bits than beside another row.
+        log_probabilities = log_probabilities.expand(2, -1)
+    return -log_probabilities.exp().mul_(log_probabilities).sum(-1)[:rows]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +13,8 @@ from torch import Tensor
 from tinkercloud.engine.losses import loss_config, loss_named
 from tinkercloud.engine.torch.adapter import Adapter
 from tinkercloud.engine.torch.lora import Segment
-from tinkercloud.engine.torch.losses import LOSS_FUNCTIONS, Inputs
+from tinkercloud.engine.torch.loss_metrics import loss_metrics
+from tinkercloud.engine.torch.losses import LOSS_FUNCTIONS, Targets
 from tinkercloud.engine.torch.packing import Tile, tiles_of
 from tinkercloud.engine.types import ForwardBackward, LossOutput, OperationError
 
@@ -28,11 +33,13 @@ class LossRun:
         input_names = [wanted.name for wanted in loss.inputs if wanted.name != "target_tokens"]
         self.tiles = tiles_of(operation.data, token_budget, input_names)
         self.training = not operation.forward_only
+        self.wants_entropies = bool(self._config["entropy"])
         self.start_over()
 
     def start_over(self) -> None:
         """Forget everything computed so far."""
         self._logprobs: list[Tensor] = []
+        self._entropies: list[Tensor] = []
         self._gradient = torch.zeros_like(self.adapter.parameters) if self.training else None
         self._views = self.adapter.layout.views(self._gradient) if self._gradient is not None else None
 
@@ -40,24 +47,26 @@ class LossRun:
         """The adapter on a tile whose first row is `start`."""
         return Segment(self.adapter.weights, start, start + tile.num_tokens, self._views, tile.datum_runs)
 
-    def take(self, tile: Tile, logprobs: Tensor) -> Tensor:
-        """Note a tile's target log-probabilities [n], the operation's next ones; the loss's gradient by them [n]."""
+    def take(self, tile: Tile, logprobs: Tensor, entropies: Tensor | None) -> Tensor:
+        """Note a tile's target log-probabilities [n], the operation's next ones; the loss's gradient by them [n].
+
+        `entropies` [n]: of the distribution at each target's position, if the run wants them.
+        """
         self._logprobs.append(logprobs)
+        if self.wants_entropies and entropies is not None:
+            self._entropies.append(entropies)
         if not self.training:
             return torch.zeros_like(logprobs)
         with torch.enable_grad():
             logprobs = logprobs.detach().requires_grad_()
-            loss, _ = self._function(logprobs, _on(logprobs.device, tile.inputs), self._config)
+            loss, _ = self._function(_targets(logprobs, [tile]), self._config)
             return torch.autograd.grad(loss.sum(), logprobs)[0]
 
     def finish(self) -> LossOutput:
         """The operation's result; its gradient is the adapter's now. OperationError if the loss is not finite."""
         logprobs = torch.cat(self._logprobs)
-        inputs = {
-            name: torch.cat([tile.inputs[name] for tile in self.tiles]).to(logprobs.device)
-            for name in self.tiles[0].inputs
-        }
-        elementwise, metrics = self._function(logprobs, inputs, self._config)
+        targets = _targets(logprobs, self.tiles)
+        elementwise, diagnostics = self._function(targets, self._config)
         total = elementwise.sum(dtype=torch.float64).item()
         outputs = self._outputs(logprobs.cpu().numpy(), elementwise.cpu().numpy())
         if not np.isfinite(total):
@@ -68,11 +77,18 @@ class LossRun:
             )
         if self._gradient is not None:
             self.adapter.add_gradient(self._gradient)
+        entropies = torch.cat(self._entropies) if self.wants_entropies else None
+        metrics = loss_metrics(self._loss, targets, diagnostics, self._rows(logprobs.device), entropies)
         return LossOutput(
             output_type=self._loss.output_type,
             outputs=tuple(outputs),
-            metrics={"loss:sum": total, **{name: float(value) for name, value in metrics.items()}},
+            metrics={"loss:sum": total, "tokens:sum": float(self.operation.num_tokens), **metrics},
         )
+
+    def _rows(self, device: torch.device) -> Tensor:
+        """The position of each target, counted over the whole operation [n]."""
+        starts = accumulate((tile.num_tokens for tile in self.tiles), initial=0)
+        return torch.cat([tile.rows + start for tile, start in zip(self.tiles, starts, strict=False)]).to(device)
 
     def _outputs(self, logprobs: np.ndarray, elementwise: np.ndarray) -> list[dict[str, np.ndarray]]:
         outputs: list[dict[str, np.ndarray]] = [{} for _ in self.operation.data]
@@ -86,5 +102,9 @@ class LossRun:
         return outputs
 
 
-def _on(device: torch.device, inputs: Inputs) -> Inputs:
-    return {name: values.to(device) for name, values in inputs.items()}
+def _targets(logprobs: Tensor, tiles: Sequence[Tile]) -> Targets:
+    """All targets of some tiles, given their log-probabilities."""
+    device = logprobs.device
+    inputs = {name: torch.cat([tile.inputs[name] for tile in tiles]).to(device) for name in tiles[0].inputs}
+    sizes = torch.tensor([math.prod(shape) for tile in tiles for shape in tile.shapes], device=device)
+    return Targets(logprobs, inputs, sizes)

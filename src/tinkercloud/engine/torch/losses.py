@@ -1,68 +1,140 @@
 """The formulas of the losses that `engine/losses.py` declares, one function of the same name each.
 
-Each is a pure function of (log-probabilities, inputs, config) over all targets of some datums at once, flat [n], and
-returns (elementwise loss [n], metrics). The loss is the sum, never a mean; gradients flow through the log-probabilities
-only. Metrics are named "name:reduction".
+Each is a pure function of (targets, config) and returns (elementwise loss [n], diagnostics). The loss is the sum over
+all targets, never a mean; gradients flow through the log-probabilities only. Diagnostics are per target [n];
+`loss_metrics` makes metrics of them.
+
+In the formulas lp is the current log-probability of a target, q the sampler's, A the advantage, r = exp(lp - q) their
+probability ratio, sg(x) x without its gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Inputs = Mapping[str, Tensor]
+LOG_RATIO_LIMIT = 40.0
+"""Largest log-ratio, nats. A ratio beyond exp(40) counts as exp(40) and has no gradient: its square, which optimizers
+take, is then still far from float32's largest number."""
+
+
+class Targets(NamedTuple):
+    """All targets of some datums, datum after datum."""
+
+    logprobs: Tensor
+    """The current log-probability of each, [n]."""
+    inputs: Mapping[str, Tensor]
+    """The loss's inputs besides target_tokens, [n] each."""
+    sizes: Tensor
+    """Targets of each datum, int64 [datums]."""
+
+
 Config = Mapping[str, float]
-LossFunction = Callable[[Tensor, Inputs, Config], tuple[Tensor, dict[str, Tensor]]]
+Diagnostics = dict[str, Tensor]
+LossFunction = Callable[[Targets, Config], tuple[Tensor, Diagnostics]]
 
 
-def cross_entropy(logprobs: Tensor, inputs: Inputs, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """-sum w * logp. Weights may be negative: a client's own loss C comes as w = -dC/dlogp.
+def cross_entropy(targets: Targets, config: Config) -> tuple[Tensor, Diagnostics]:
+    """-sum w * lp
 
-    With [N, K] targets each position has K weighted targets.
+    With [N, K] targets each position has K weighted targets, for distillation and soft labels. Weights may be negative:
+    a client's own loss C comes as w = -dC/dlp.
+
+    Source: Tinker's documentation of its losses.
     """
-    return -inputs["weights"] * logprobs, {}
+    return -targets.inputs["weights"] * targets.logprobs, {}
 
 
-def importance_sampling(logprobs: Tensor, inputs: Inputs, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """-sum r * A with the ratio r = exp(logp - q) of the current to the sampling policy's probability.
+def importance_sampling(targets: Targets, config: Config) -> tuple[Tensor, Diagnostics]:
+    """-sum r * A
 
-    Source: Tinker's documentation of its losses; the off-policy policy gradient. Not clipped.
+    The off-policy policy gradient: REINFORCE on tokens that another policy has drawn. Not clipped.
+
+    Source: Tinker's documentation of its losses.
     """
-    ratio, active = _ratio(logprobs, inputs)
-    return -ratio * inputs["advantages"], {"ratio:mean": _mean(ratio, active, empty=1.0)}
+    ratio = _ratio(targets)
+    return -ratio * targets.inputs["advantages"], {"ratio": ratio}
 
 
-def ppo(logprobs: Tensor, inputs: Inputs, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """-sum min(r * A, clamp(r, low, high) * A), `low` and `high` being bounds of the ratio itself.
+def ppo(targets: Targets, config: Config) -> tuple[Tensor, Diagnostics]:
+    """-sum min(r * A, clamp(r, low, high) * A)
 
-    Source: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), equation 7.
+    Token by token: a ratio that has already moved as far as the bounds allow, in the direction that its advantage
+    wants, gets no gradient.
+
+    Source: Schulman et al., "Proximal Policy Optimization Algorithms" (2017), equation 7; defaults from Tinker's
+    documentation.
     """
-    ratio, active = _ratio(logprobs, inputs)
+    return _clipped(_ratio(targets), targets, config)
+
+
+def cispo(targets: Targets, config: Config) -> tuple[Tensor, Diagnostics]:
+    """-sum sg(clamp(r, low, high)) * lp * A
+
+    The clamped ratio is only a weight, so that no token loses its gradient.
+
+    Source: MiniMax, "MiniMax-M1" (2025); the default bounds, 0 and 4, are the Tinker cookbook's.
+    """
     low, high = config["clip_low_threshold"], config["clip_high_threshold"]
-    advantages = inputs["advantages"]
-    loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
-    clipped = torch.where(advantages > 0, ratio > high, ratio < low).to(ratio.dtype)
-    return loss, {
-        "ratio:mean": _mean(ratio, active, empty=1.0),
-        "clip_fraction:mean": _mean(clipped, active, empty=0.0),
-    }
+    ratio = _ratio(targets).detach()
+    loss = -ratio.clamp(low, high) * targets.logprobs * targets.inputs["advantages"]
+    return loss, {"ratio": ratio, "clip_fraction": (ratio < low) | (ratio > high)}
+
+
+def dro(targets: Targets, config: Config) -> tuple[Tensor, Diagnostics]:
+    """-sum (lp * A - beta / 2 * (lp - q)^2)
+
+    The penalty holds at *every* position, also where the advantage is 0: where nothing is to be learned, send as
+    `logprobs` what `forward` returns, or leave the position out.
+
+    Source: Richemond et al., "Offline Regularised Reinforcement Learning for Large Language Models Alignment" (2024);
+    Tinker's documentation, which names no default: 0.05 is its example's.
+    """
+    difference = targets.logprobs - targets.inputs["logprobs"]
+    objective = targets.logprobs * targets.inputs["advantages"] - 0.5 * config["beta"] * difference.square()
+    return -objective, {"ratio": _ratio(targets)}
+
+
+def gspo(targets: Targets, config: Config) -> tuple[Tensor, Diagnostics]:
+    """-sum min(s_t * A, clamp(s_t, low, high) * A) with s_t = sg(s) * exp(lp - sg(lp)), s = exp(mean over M of lp - q)
+
+    A datum is a sequence, M its targets with a `sequence_ratio_mask` other than 0. Each target has the value of the
+    sequence's ratio s and the gradient of its own log-probability; targets outside M too, where they have an advantage.
+    Where M is empty s is 1.
+
+    Source: Zheng et al., "Group Sequence Policy Optimization" (2025), the token-level variant; Tinker's documentation,
+    which names no default bounds: these are ppo's. The paper's experiments use 0.9997 and 1.0004.
+    """
+    in_ratio = targets.inputs["sequence_ratio_mask"] != 0
+    current = targets.logprobs.detach()
+    difference = torch.where(in_ratio, current - targets.inputs["logprobs"], 0.0)
+    mean = sums_of_datums(difference, targets.sizes) / sums_of_datums(in_ratio, targets.sizes).clamp_min(1)
+    log_ratio = mean.clamp_max(LOG_RATIO_LIMIT).to(current.dtype).repeat_interleave(targets.sizes)
+    return _clipped((log_ratio + (targets.logprobs - current)).exp(), targets, config)
 
 
 LOSS_FUNCTIONS: dict[str, LossFunction] = {
-    function.__name__: function for function in (cross_entropy, importance_sampling, ppo)
+    function.__name__: function for function in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo)
 }
 
 
-def _ratio(logprobs: Tensor, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """(ratio, which targets have an advantage). Without one it is 1: prompts carry no sampling log-probability."""
-    active = inputs["advantages"] != 0
-    return torch.where(active, logprobs - inputs["logprobs"], 0.0).exp(), active
+def sums_of_datums(values: Tensor, sizes: Tensor) -> Tensor:
+    """The sum of each datum's values [n], float64 [datums], of the same bits whoever else is in `values`."""
+    return torch.segment_reduce(values.double(), "sum", lengths=sizes)
 
 
-def _mean(values: Tensor, active: Tensor, empty: float) -> Tensor:
-    """Mean of the active values, `empty` if there are none."""
-    values, count = values.detach(), active.sum()
-    total = torch.where(active, values, 0.0).sum(dtype=torch.float64)
-    return torch.where(count > 0, total / count.clamp_min(1), empty)
+def _ratio(targets: Targets) -> Tensor:
+    """exp(lp - q), finite."""
+    return (targets.logprobs - targets.inputs["logprobs"]).clamp_max(LOG_RATIO_LIMIT).exp()
+
+
+def _clipped(ratio: Tensor, targets: Targets, config: Config) -> tuple[Tensor, Diagnostics]:
+    """PPO's pessimistic clipping of a ratio."""
+    low, high = config["clip_low_threshold"], config["clip_high_threshold"]
+    advantages = targets.inputs["advantages"]
+    loss = -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
+    clipped = torch.where(advantages > 0, ratio > high, (ratio < low) & (advantages < 0))
+    return loss, {"ratio": ratio, "clip_fraction": clipped}

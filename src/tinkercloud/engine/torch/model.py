@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from tinkercloud.engine.peft_layout import PARTS
 from tinkercloud.engine.torch.attention import IMPLEMENTATION, Attention, CurrentAttention, PackedAttention
@@ -80,6 +81,7 @@ class BaseModel:
         device = _device_of(options.device)
         dtype = _dtype_of(options.dtype, device)
         report(0.2, "loading weights")
+        disable_progress_bar()  # transformers' own; whoever asked for `progress` shows it
         model = _weights_of(folder, config, options, device, dtype)
         report(0.9, "checking")
         base = cls(model, _info_of(model, folder, options, device, dtype))
@@ -97,11 +99,11 @@ class BaseModel:
         return output.last_hidden_state[0]
 
     def use_all_threads(self) -> None:
-        """For work that sums over a whole adapter: its bits do depend on the number of threads, so it is always this."""
+        """For sums over a whole adapter: their bits do depend on the number of threads, so it is always this one."""
         torch.set_num_threads(self._threads)
 
     def _choose_threads(self, rows: int) -> None:
-        """One CPU thread for a pass whose products are small, all of them for a larger one. Bits do not depend on it."""
+        """One CPU thread for a pass whose products are small, all for a larger one; bits do not depend on it."""
         small = 2 * rows * self._largest_layer <= SMALL_PRODUCT
         torch.set_num_threads(1 if small else self._threads)
 

@@ -118,3 +118,7 @@ class Pack:
             device
         )
         self.target_counts = [len(tile.targets) for tile in tiles]
+
+    def per_tile(self, values: Tensor | None) -> Sequence[Tensor | None]:
+        """One value per target, cut into the tiles'; None for each if there are none."""
+        return [None] * len(self.target_counts) if values is None else values.split(self.target_counts)

@@ -117,10 +117,16 @@ class TorchTrainer:
             hidden = self._model.hidden_states(pack.tokens, pack.positions, PackedAttention(pack.lengths), lora)
         with torch.no_grad():
             logprobs = TargetLogprobs(
-                self._model, hidden.detach(), pack.rows, pack.targets, lora, self._options.logits_bytes
+                self._model,
+                hidden.detach(),
+                pack.rows,
+                pack.targets,
+                lora,
+                self._options.logits_bytes,
+                with_entropies=any(run.wants_entropies for run, _ in members),
             )
-            parts = logprobs.values.split(pack.target_counts)
-            gradient = torch.cat([run.take(tile, part) for (run, tile), part in zip(members, parts, strict=True)])
+            parts = zip(members, pack.per_tile(logprobs.values), pack.per_tile(logprobs.entropies), strict=True)
+            gradient = torch.cat([run.take(tile, values, entropies) for (run, tile), values, entropies in parts])
             if training and gradient.any():
                 d_hidden = logprobs.backward(gradient)
                 hidden.backward(d_hidden)

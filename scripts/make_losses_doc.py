@@ -1,0 +1,87 @@
+"""Writes docs/losses.md from the registry and its formulas: python scripts/make_losses_doc.py"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+from tinkercloud.engine.losses import LOSSES, Loss
+from tinkercloud.engine.torch.losses import LOG_RATIO_LIMIT, LOSS_FUNCTIONS
+
+PAGE = Path(__file__).parent.parent / "docs" / "losses.md"
+
+INTRODUCTION = f"""\
+# Losses
+
+*Made from `src/tinkercloud/engine/losses.py` and the formulas in `src/tinkercloud/engine/torch/losses.py` by
+`scripts/make_losses_doc.py`.*
+
+```python
+training_client.forward_backward(data, "ppo", loss_fn_config={{"clip_high_threshold": 1.28, "entropy": 1}})
+```
+
+Position i of a datum's `model_input` predicts entry i of its `target_tokens`. Every loss is a sum over all targets,
+never a mean, and gradients add up until `optim_step`. All inputs are required, of the shape of `target_tokens`: [N], or
+[N, K] for K weighted targets a position where a loss says so. A 2-D `torch` tensor of targets or weights travels
+sparsely when that is shorter; entries that it leaves out are target 0 of weight 0. An input or a key of
+`loss_fn_config` that a loss does not have is refused by name.
+
+In the formulas lp is the current log-probability of a target, q the sampler's (`logprobs`), A the advantage,
+r = exp(lp - q) their probability ratio, sg(x) is x without its gradient. A log-ratio above {LOG_RATIO_LIMIT:g} counts
+as {LOG_RATIO_LIMIT:g} and has no gradient, so that one impossible token leaves the loss and the optimizer's moments
+finite.
+
+## What comes back
+
+Per datum, in the shape of its targets: `logprobs`, the current log-probabilities, and `elementwise_loss`, the terms of
+the sum. The metrics:
+
+| Metric | Meaning |
+|---|---|
+| `loss:sum` | the loss |
+| `tokens:sum` | tokens of the model inputs |
+| `active_tokens:sum` | positions that count: see each loss |
+| `ratio:mean` | r, or what the loss has in its place; with `logprobs` only |
+| `clip_fraction:mean` | positions that a bound took effect on; where there are bounds |
+| `kl_sample_train_v1:mean` | q - lp, an estimate of the KL divergence of the current policy from the sampler's, nats |
+| `kl_sample_train_v2:mean` | (q - lp)^2 / 2, another with less variance |
+| `entropy:mean` | entropy of the current distribution, nats; with `entropy` = 1 in `loss_fn_config` |
+
+A mean is the mean over datums of each datum's mean over the positions that count; a datum without any adds 0, or 1 to
+the ratio. The client weights the means of a batch's chunks with their datums, so that the numbers do not depend on how
+it was cut.
+"""
+
+
+def page() -> str:
+    """The whole page, as docs/losses.md must be."""
+    return "\n".join([INTRODUCTION, *(line for loss in LOSSES.values() for line in _section(loss))])
+
+
+def _section(loss: Loss) -> list[str]:
+    formula, _, text = (inspect.getdoc(LOSS_FUNCTIONS[loss.name]) or "").partition("\n")
+    shape = "[N] or [N, K]" if loss.several_targets else "[N]"
+    return [
+        f"## {loss.name}",
+        "",
+        f"    {formula}",
+        "",
+        text.strip(),
+        "",
+        f"`loss_fn_inputs`, {shape}:",
+        "",
+        "| Input | dtype | Meaning |",
+        "|---|---|---|",
+        *(f"| `{wanted.name}` | {wanted.dtype} | {wanted.meaning} |" for wanted in loss.inputs),
+        "",
+        "| `loss_fn_config` | Default | Meaning |",
+        "|---|---|---|",
+        *(f"| `{key.name}` | {key.default:g} | {key.meaning} |" for key in loss.config),
+        "",
+        f"A position counts where `{loss.counts}` is not 0. The records are of type `{loss.output_type}`.",
+        "",
+    ]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,0 +1,50 @@
+"""A stop does not wait for a base model that is still loading."""
+
+import os
+import shutil
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+
+from tests.serving import Server
+from tinkercloud.nano import FOLDER
+
+NEVER = "me/never"
+
+
+@pytest.fixture
+def endless(tmp_path):
+    """A model whose weights are never read to their end: a pipe that nobody writes to."""
+    folder = tmp_path / "model"
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    os.mkfifo(folder / "model.safetensors")
+    return folder
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_stop_ends_a_load_and_lets_go_of_who_waits_for_it(tmp_path, endless):
+    server = Server(tmp_path / "data", "--model", f"{NEVER}={endless},lazy=true").start()
+    with httpx.Client(base_url=f"{server.url}/api/v1", timeout=60) as http:
+        session = http.post("create_session", json={"tags": [], "sdk_version": "x"}).json()["session_id"]
+        wanted = {"session_id": session, "model_seq_id": 0, "base_model": NEVER, "lora_config": {"rank": 4}}
+        answers = []
+        waiting = threading.Thread(target=lambda: answers.append(http.post("create_model", json=wanted)))
+        waiting.start()
+        until(server.engine_pids)
+        (engine,) = (psutil.Process(pid) for pid in server.engine_pids())
+        assert NEVER in engine.cmdline(), "whoever lists the processes sees which model it has"
+        assert server.stop() == 0
+        waiting.join()
+    assert answers[0].status_code == 503 and "the server is stopping" in answers[0].json()["detail"]
+    assert not engine.is_running()
+    said = server.log.read_text()
+    assert "Stopping: " in said and "did not stop within" not in said and "Traceback" not in said
