@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 
+from tinkercloud.engine import custom_operations as names
+from tinkercloud.engine.custom_loss import MAX_NODES
 from tinkercloud.engine.losses import LOSSES, Loss
+from tinkercloud.engine.torch.custom_loss import MAX_ELEMENTS, MAX_RESULTS, MAX_WORK
 from tinkercloud.engine.torch.losses import LOG_RATIO_LIMIT, LOSS_FUNCTIONS
 
 PAGE = Path(__file__).parent.parent / "docs" / "losses.md"
+
+
+def _names(listed: Iterable[str]) -> str:
+    return " ".join(f"`{name}`" for name in sorted(listed))
+
 
 INTRODUCTION = f"""\
 # Losses
@@ -53,9 +62,44 @@ it was cut.
 """
 
 
+CUSTOM = f"""\
+## custom
+
+A function of your own, run on the server in one forward_backward:
+
+```python
+def loss(logprobs, advantages):
+    value = -(logprobs.exp() * advantages).sum()
+    return value, {{"custom/surprise:mean": -logprobs.mean()}}
+
+
+handle = service_client.create_custom_loss(loss, input_ranks={{"logprobs": 1, "advantages": 1}}).result()
+training_client.forward_backward_custom(data, handle).result()
+```
+
+The SDK traces it with `torch.fx` and sends the graph, which is data: the server runs what it has a function of its own
+for and refuses all else by name. It runs once per datum; the losses are added up, metrics added up or averaged over the
+datums as their names end. The records are of type `CustomLossReturn` and have `logprobs` only. What the loss does not
+read of `loss_fn_inputs` is left out. A graph has at most {MAX_NODES} nodes; one result at most {MAX_ELEMENTS:,}
+elements, all of a datum {MAX_RESULTS:,}; a request may read and write {MAX_WORK:,} elements.
+
+A function that is not traced, `forward_backward_custom(data, f)`, runs on the client, as does every custom loss if the
+server's `custom_loss_server_side` is off: in a forward and a backward pass, with any Python in between.
+
+| May be called | |
+|---|---|
+| `torch.` | {_names(names.TORCH)} |
+| `torch.nn.functional.` | {_names(names.FUNCTIONAL)} |
+| methods of tensors | {_names(names.METHODS)} |
+| attributes of tensors | {_names(names.ATTRIBUTES)} |
+| `operator.` (arithmetic, comparison, indexing) | {_names(names.OPERATORS)} |
+| `math.`, on numbers | {_names(names.MATH)} |
+"""
+
+
 def page() -> str:
     """The whole page, as docs/losses.md must be."""
-    return "\n".join([INTRODUCTION, *(line for loss in LOSSES.values() for line in _section(loss))])
+    return "\n".join([INTRODUCTION, *(line for loss in LOSSES.values() for line in _section(loss)), CUSTOM])
 
 
 def _section(loss: Loss) -> list[str]:

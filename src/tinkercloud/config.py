@@ -126,6 +126,11 @@ class Settings(PerModel, BaseSettings):
         description="Name the tokenizers of models that no hub has by their folder to clients at a loopback address. "
         "Turn it off if clients come through a tunnel: they then get the model's name, and `HF_ENDPOINT` resolves it.",
     )
+    custom_loss_server_side: bool = Field(
+        True,
+        description="Run custom losses made with `create_custom_loss` here, in one pass instead of two. Without it the "
+        "SDK runs them itself.",
+    )
     max_body_bytes: ByteSize = Field(64 * MIB, gt=0, description="Largest request body, as it is sent.")
     max_decompressed_bytes: ByteSize = Field(256 * MIB, gt=0, description="Largest request body, decompressed.")
     inline_result_bytes: ByteSize = Field(

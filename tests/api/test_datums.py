@@ -86,7 +86,7 @@ def test_a_wrong_datum_is_named(wrong, says, align):
     ("loss_fn", "config", "says"),
     [
         ("crossentropy", {}, "unknown loss_fn 'crossentropy'; this server has cross_entropy"),
-        ("custom", {}, "unknown loss_fn 'custom'"),
+        ("custom", {}, "must be {'loss_id': ...} with an id from create_custom_loss"),
         ("stable_reinforce", {}, "unknown loss_fn 'stable_reinforce'"),
         ("cross_entropy", {"beta": 1.0}, "no 'beta'"),
         ("ppo", {"clip_low": 0.8}, "no 'clip_low'; it takes clip_low_threshold, clip_high_threshold"),

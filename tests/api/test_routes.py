@@ -1,5 +1,6 @@
 """What the routes answer, as the SDK's response types read it."""
 
+import dataclasses
 import json
 import threading
 
@@ -97,6 +98,40 @@ def test_sparse_targets_in_json_are_the_dense_ones(run):
     (output,) = results[0]["loss_fn_outputs"]
     assert output["logprobs"]["shape"] == output["elementwise_loss"]["shape"] == [3, 2]
     assert results[0]["metrics"]["active_tokens:sum"] == 2
+
+
+def test_a_custom_loss_is_its_sessions_and_its_id_is_enough(run, shared_run):
+    nodes = [
+        {"op": "placeholder", "name": "lp", "target": "logprobs"},
+        {"op": "call_method", "name": "total", "target": "sum", "args": [{"ref": "lp"}]},
+        {"op": "output", "name": "o", "target": "output", "args": [{"tuple": [{"ref": "total"}, {"dict": {}}]}]},
+    ]
+    loss = {
+        "session_id": run.session,
+        "name": "total",
+        "inputs": [{"name": "logprobs", "rank": 1}],
+        "graph": {"format": 1, "nodes": nodes},
+    }
+    made = run.post("create_custom_loss", custom_loss_seq_id=0, **loss)
+    assert run.post("create_custom_loss", custom_loss_seq_id=0, **loss) == made
+    answer = types.CreateCustomLossResponse.model_validate(run.result(made["request_id"]))
+    given = dataclasses.replace(batch(1, 2, 3), loss_fn="custom", loss_fn_config={"loss_id": answer.loss_id})
+    result = run.result(run.send_proto(run.proto(given)).json()["request_id"])
+    logprobs = result["loss_fn_outputs"][0]["logprobs"]["data"]
+    assert result["metrics"] == {"loss:sum": pytest.approx(sum(logprobs)), "tokens:sum": 3}
+
+    foreign = shared_run.send_proto(shared_run.proto(given, forward_only=True))
+    assert foreign.status_code == 400 and "another session's" in foreign.json()["detail"]
+    shared_run.train_on()
+    damaged = dataclasses.replace(given, loss_fn_config={"loss_id": answer.loss_id[:-9]})
+    damaged = run.send_proto(run.proto(damaged, forward_only=True))
+    assert damaged.status_code == 400 and "damaged" in damaged.json()["detail"]
+    run.train_on()
+    loss["graph"]["nodes"][1] |= {"op": "call_function", "target": "os.system", "args": ["true"]}
+    hostile = run.send("create_custom_loss", custom_loss_seq_id=1, **loss)
+    assert hostile.status_code == 400 and "cannot call os.system" in hostile.json()["detail"]
+    unknown = run.send("create_custom_loss", custom_loss_seq_id=1, **(loss | {"session_id": "nobody"}))
+    assert unknown.status_code == 404
 
 
 def test_only_the_quickstarts_client_may_send_targets_of_another_length(run):

@@ -28,6 +28,7 @@ PAIRS = [
     (types.CreateSessionRequest, wire.CreateSession),
     (types.SessionHeartbeatRequest, wire.SessionHeartbeat),
     (types.CreateModelRequest, wire.CreateModel),
+    (types.CreateCustomLossRequest, wire.CreateCustomLoss),
     (types.LoraConfig, wire.Lora),
     (types.AdamOptimizerConfig, wire.OptimizerConfig),
     (types.GetInfoRequest, wire.ModelAddress),
@@ -60,7 +61,6 @@ PAIRS = [
 
 ELSEWHERE = {
     "CopyWeightsRequest": "copies between projects, which this server has not",
-    "CreateCustomLossRequest": "the flag custom_loss_server_side is off: the SDK computes custom losses itself",
     "GetBillingUsageRequest": "nothing is billed",
     "GetCurrentCheckpointStorageUsageRequest": "nothing is billed",
     "SaveWeightsExternalRequest": "not served",

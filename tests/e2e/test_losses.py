@@ -1,7 +1,10 @@
 """The losses through the official SDK: soft targets as it encodes them, and one step of each policy loss."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import tinker
 import torch
 from tinker import types
 
@@ -77,3 +80,51 @@ def test_a_policy_loss_makes_better_samples_likelier(training, loss):
     )
     assert gain > 0.01
     assert after.metrics["kl_sample_train_v2:mean"] > 1e-6
+
+
+def surprise(logprobs, advantages):
+    ratio = torch.exp(logprobs - logprobs.detach())
+    loss = -(ratio * advantages).sum()
+    return loss, {"custom/nll:mean": -logprobs.mean(), "custom/best:sum": torch.max(logprobs, dim=0).values}
+
+
+def test_a_custom_loss_runs_on_the_server_as_on_the_client(client):
+    handle = client.create_custom_loss(surprise, {"logprobs": 1, "advantages": 1}).result()
+    assert handle.loss_id is not None
+    data = [
+        types.Datum(
+            types.ModelInput.from_ints(TOKENS[:length]),
+            {
+                "target_tokens": np.arange(5, 5 + length),
+                "advantages": np.linspace(-1, 1, length).astype(np.float32),
+                "mask": types.TensorData(data=[1.0], dtype="float32", shape=[1]),
+            },
+        )
+        for length in (6, 3, 5)
+    ]
+    runs = [client.create_lora_training_client("tinkercloud/nano", rank=4, seed=1).result() for _ in range(2)]
+    results, after = [], []
+    for run, loss in zip(runs, (handle, dataclasses.replace(handle, loss_id=None)), strict=True):
+        results.append(run.forward_backward_custom(data, loss).result())
+        run.optim_step(types.AdamParams(learning_rate=1e-3, eps=1e-3)).result()
+        weighted = [
+            types.Datum(
+                each.model_input,
+                {"target_tokens": each.loss_fn_inputs["target_tokens"], "weights": each.loss_fn_inputs["advantages"]},
+            )
+            for each in data
+        ]
+        after.append(run.forward(weighted, "cross_entropy").result().metrics["loss:sum"])
+    here, there = (result.metrics for result in results)
+    for name in ("loss:sum", "custom/nll:mean", "custom/best:sum"):
+        assert here[name] == pytest.approx(there[name], rel=1e-6, abs=1e-6)
+    assert "surrogate_loss:sum" in there and "surrogate_loss:sum" not in here
+    assert after[0] == pytest.approx(after[1], rel=1e-5)
+
+
+def test_a_custom_loss_that_the_server_does_not_take_is_refused_by_name(client):
+    def random(logprobs):
+        return (logprobs * torch.rand_like(logprobs)).sum(), {}
+
+    with pytest.raises(tinker.BadRequestError, match=r"cannot call torch\.rand_like"):
+        client.create_custom_loss(random, {"logprobs": 1}).result()

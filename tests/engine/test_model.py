@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -206,3 +207,24 @@ def test_half_precision(model_folder):
     logits = _packed_logits(model, [tokens])
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, plain(input_ids=tokens[None]).logits[0], atol=0.5, rtol=0.1)
+
+
+def test_models_that_would_be_adapted_by_half_are_refused(tmp_path):
+    """Phi-3 has one layer for q, k and v: only the output projection has a name that is known."""
+    config = transformers.Phi3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+    )  # fmt: skip
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(OperationError, match="gate_up_proj would stay without LoRA"):
+        BaseModel.load(EngineOptions("phi", str(tmp_path)))
+
+
+def test_models_whose_positions_depend_on_the_batch_are_refused(tmp_path):
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(OperationError, match="longest sequence in a batch"):
+        BaseModel.load(EngineOptions("long", str(tmp_path)))

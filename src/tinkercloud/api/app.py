@@ -13,6 +13,7 @@ from tinkercloud.api import (
     admin,
     checkpoints,
     client_config,
+    custom_losses,
     errors,
     futures,
     health,
@@ -30,7 +31,19 @@ from tinkercloud.config import Settings
 from tinkercloud.control.service import Service
 
 PREFIX = "/api/v1"
-RESOURCES = (client_config, health, sessions, training, weights, sampling, futures, runs, checkpoints, admin)
+RESOURCES = (
+    client_config,
+    health,
+    sessions,
+    training,
+    custom_losses,
+    weights,
+    sampling,
+    futures,
+    runs,
+    checkpoints,
+    admin,
+)
 
 
 def create_app(service: Service, settings: Settings) -> FastAPI:

@@ -23,7 +23,6 @@ FLAGS = {
     "sample_max_concurrent_requests": 2000,
     "sample_use_retrieve_futures": False,
     "sample_join_sampling_session": False,
-    "custom_loss_server_side": False,
 }
 """The SDK's `ClientConfigResponse`; what is not here has the SDK's own default."""
 
@@ -35,7 +34,7 @@ DYNAMIC_FLAGS = {"refresh_interval_sec": 300, "sample_cancel_enabled": False}
 async def client_config(request: Request) -> dict[str, Any]:
     """Flags that an SDK reads when it starts; the same for every version, since each ignores what it does not know."""
     await wire.read(request, wire.ClientConfig)
-    return FLAGS
+    return FLAGS | {"custom_loss_server_side": request.app.state.settings.custom_loss_server_side}
 
 
 @router.post("/client/dynamic_config", openapi_extra=body_of(wire.ClientConfig))

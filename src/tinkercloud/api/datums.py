@@ -6,29 +6,34 @@ Each refusal says which datum, what was wrong and what would be right.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from tinkercloud.api.wire.arrays import Batch
+from tinkercloud.engine.custom_loss import CUSTOM, custom_loss_named, session_of
 from tinkercloud.engine.losses import Loss, loss_named
 from tinkercloud.engine.types import BaseModelInfo, Datum, ForwardBackward, OperationError
-from tinkercloud.engine.validation import check_forward_backward
+from tinkercloud.engine.validation import TARGETS, check_forward_backward
 from tinkercloud.errors import InvalidRequest
 
-TARGETS = "target_tokens"
+InputsOf = Callable[[Datum, str], dict[str, np.ndarray]]
+"""(a datum as it came, its name in an error) -> the inputs that its loss reads."""
 
 
 def operation_from(
-    batch: Batch, model_id: str, forward_only: bool, info: BaseModelInfo, align_targets: bool
+    batch: Batch, model_id: str, forward_only: bool, info: BaseModelInfo, align_targets: bool, session_id: str = ""
 ) -> ForwardBackward:
     """The operation. Raises InvalidRequest.
 
     `align_targets`: place targets of another length than the input, as `tinker_gmi`'s users write them.
+    `session_id`: the training run's; custom losses of other sessions are refused.
     """
     try:
-        loss = loss_named(batch.loss_fn)
+        inputs_of = _custom_inputs(batch, session_id) if batch.loss_fn == CUSTOM else _inputs(loss_named(batch.loss_fn))
         operation = ForwardBackward(
             model_id=model_id,
-            data=tuple(_datum(datum, loss, align_targets, f"datum {i}") for i, datum in enumerate(batch.data)),
+            data=tuple(_datum(datum, inputs_of, align_targets, f"datum {i}") for i, datum in enumerate(batch.data)),
             loss_fn=batch.loss_fn,
             loss_fn_config=batch.loss_fn_config,
             forward_only=forward_only,
@@ -39,21 +44,49 @@ def operation_from(
     return operation
 
 
-def _datum(datum: Datum, loss: Loss, align_targets: bool, where: str) -> Datum:
-    """The datum with exactly the loss's inputs, in their dtypes, and targets that fit the tokens."""
+def _inputs(loss: Loss) -> InputsOf:
     names = [wanted.name for wanted in loss.inputs]
+
+    def inputs_of(datum: Datum, where: str) -> dict[str, np.ndarray]:
+        _need(loss.name, names, datum, where)
+        if extra := [name for name in datum.inputs if name not in names]:
+            raise InvalidRequest(
+                f"{where}: {loss.name} does not read {', '.join(extra)}; its loss_fn_inputs are {', '.join(names)}"
+            )
+        return {wanted.name: _typed(datum, wanted.name, wanted.dtype, where) for wanted in loss.inputs}
+
+    return inputs_of
+
+
+def _custom_inputs(batch: Batch, session_id: str) -> InputsOf:
+    """Inputs that a custom loss does not read are left out: the client that runs it itself does the same."""
+    loss = custom_loss_named(batch.loss_fn_config)
+    if session_of(str(batch.loss_fn_config["loss_id"])) != session_id:
+        raise InvalidRequest(f"custom loss {loss.name!r} is another session's; create it in the one that uses it")
+
+    def inputs_of(datum: Datum, where: str) -> dict[str, np.ndarray]:
+        _need(CUSTOM, loss.reads, datum, where)
+        inputs = {name: datum.inputs[name] for name in loss.reads}
+        return inputs | {TARGETS: _typed(datum, TARGETS, "int64", where)}
+
+    return inputs_of
+
+
+def _need(loss: str, names: list[str], datum: Datum, where: str) -> None:
     if missing := [name for name in names if name not in datum.inputs]:
-        raise InvalidRequest(f"{where}: {loss.name} needs {', '.join(missing)} in loss_fn_inputs")
-    if extra := [name for name in datum.inputs if name not in names]:
-        raise InvalidRequest(
-            f"{where}: {loss.name} does not read {', '.join(extra)}; its loss_fn_inputs are {', '.join(names)}"
-        )
-    inputs = {}
-    for wanted in loss.inputs:
-        values = datum.inputs[wanted.name]
-        if values.dtype.kind != np.dtype(wanted.dtype).kind:
-            raise InvalidRequest(f"{where}, {wanted.name}: dtype is {values.dtype.name}; it must be {wanted.dtype}")
-        inputs[wanted.name] = values.astype(wanted.dtype, copy=False)
+        raise InvalidRequest(f"{where}: {loss} needs {', '.join(missing)} in loss_fn_inputs")
+
+
+def _typed(datum: Datum, name: str, dtype: str, where: str) -> np.ndarray:
+    values = datum.inputs[name]
+    if values.dtype.kind != np.dtype(dtype).kind:
+        raise InvalidRequest(f"{where}, {name}: dtype is {values.dtype.name}; it must be {dtype}")
+    return values.astype(dtype, copy=False)
+
+
+def _datum(datum: Datum, inputs_of: InputsOf, align_targets: bool, where: str) -> Datum:
+    """The datum with exactly the loss's inputs, in their dtypes, and targets that fit the tokens."""
+    inputs = inputs_of(datum, where)
     targets = inputs[TARGETS]
     if len(targets) == len(datum.tokens):
         return Datum(tokens=datum.tokens, inputs=inputs)

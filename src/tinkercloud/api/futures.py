@@ -12,6 +12,7 @@ from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.answers import Json
 from tinkercloud.api.wire.body import PROTOBUF, off_loop
 from tinkercloud.api.wire.results import answer
+from tinkercloud.engine.custom_loss import is_loss_id
 from tinkercloud.engine.types import Failure
 
 router = APIRouter(tags=["futures"])
@@ -28,6 +29,8 @@ async def retrieve_future(request: Request, service: ServiceOf, owner: Owner) ->
     first. Results of samples, forward and forward_backward are protobuf if `Accept` says so, else everything is JSON.
     """
     given = await wire.read(request, wire.RetrieveFuture)
+    if is_loss_id(given.request_id):
+        return Json({"type": "create_custom_loss", "loss_id": given.request_id})
     settings = request.app.state.settings
     entry, outcome = await service.futures.outcome(given.request_id, owner, settings.poll_seconds)
     if outcome is None:

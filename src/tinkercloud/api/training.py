@@ -145,7 +145,7 @@ async def _submit_batch(
         info = await service.models.info(model.base_model)
 
         def operation() -> ForwardBackward:
-            return operation_from(decode(), model_id, kind == "forward", info, align)
+            return operation_from(decode(), model_id, kind == "forward", info, align, model.session_id)
 
         entry = await service.runs.submit(model, seq_id, kind, await off_loop(size, operation))
     return await accepted(service, owner, entry, kind)

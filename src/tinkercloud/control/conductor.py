@@ -10,26 +10,30 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from tinkercloud.codec import encode
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals, within
-from tinkercloud.control.disk import remove_unused
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import KeptEngine
 from tinkercloud.control.folders import checkpoint_path, snapshots_folder
-from tinkercloud.control.outcomes import SaveDetails, conclude, details_of
+from tinkercloud.control.outcomes import SamplerDetails, SaveDetails, conclude, details_of
 from tinkercloud.control.training_run import ReplayError, TrainingRun
 from tinkercloud.engine.types import ClearGradients, DropModel, Failure, Result
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.order import ModelLog
-from tinkercloud.ledger.records import CheckpointRecord, Entry, ModelRecord
+from tinkercloud.ledger.records import CheckpointRecord, Entry, ModelRecord, SamplerRecord
 from tinkercloud.scheduler.cycle import Waiting, charge, next_cycle
 
 log = logging.getLogger(__name__)
 
 MAX_DEATHS = 2
 """An operation during which the engine died this often is failed, so that its model can go on with the next one."""
+
+PASSING = (Unavailable, OSError, SQLAlchemyError)
+"""What is wrong with the machine and may pass, such as a full disk; anything else is wrong with what was stored."""
 
 RETRY_SECONDS = 1.0
 """Pause after a cycle that failed for a reason that is nobody's operation, such as a full disk."""
@@ -52,6 +56,7 @@ class Conductor:
         self._settings = settings
         self._data_dir = Path(settings.data_dir)
         self._runs: dict[str, TrainingRun] = {}
+        self._early: dict[str, list[Entry]] = {}
         self._work = asyncio.Event()
         self._between_cycles = asyncio.Lock()
         self._served_tokens: dict[str, float] = {}
@@ -62,6 +67,8 @@ class Conductor:
 
     def add_run(self, record: ModelRecord, order: ModelLog) -> None:
         """Take a run in, with the log of what has not ended yet."""
+        for entry in self._early.pop(record.model_id, ()):  # accepted while the log was being read
+            order.add(entry, now=time.monotonic())
         self._runs[record.model_id] = TrainingRun(record, order, self._ledger, self._data_dir)
         self._work.set()
 
@@ -73,7 +80,9 @@ class Conductor:
     def accept(self, entry: Entry) -> None:
         """An entry is in the ledger: run it when its turn comes."""
         run = self._runs.get(entry.stream)
-        if run is not None:
+        if run is None:
+            self._early.setdefault(entry.stream, []).append(entry)
+        else:
             run.order.add(entry, now=time.monotonic())
             self._work.set()
 
@@ -89,6 +98,8 @@ class Conductor:
                         await run.park(engine)
                     except EngineDied:
                         return
+                    except PASSING:  # the ledger has the log: the run is rebuilt from it
+                        log.exception("training run %s could not be put on disk", model_id)
 
     async def end_runs(self, model_ids: list[str]) -> None:
         """Let go of runs for good, after the running cycle: what waits in their logs fails, their state is dropped."""
@@ -96,10 +107,7 @@ class Conductor:
             for run in [self._runs.pop(model_id) for model_id in model_ids if model_id in self._runs]:
                 with suppress(EngineDied):
                     await run.release(self._engine.handle)
-                ended = Failure(f"the session of training run {run.model_id} has finished", "user")
-                for entry in await self._ledger.pending(run.model_id):
-                    await self._ledger.complete(entry.request_id, encode(ended), failed=True)
-                    self._arrivals.announce(entry.request_id)
+                await self._fail_pending(run.model_id, f"the session of training run {run.model_id} has finished")
                 await self._ledger.change(ModelRecord, run.model_id, state="unloaded")
                 await asyncio.to_thread(shutil.rmtree, self._data_dir / snapshots_folder(run.model_id), True)
 
@@ -166,7 +174,7 @@ class Conductor:
             return
         ready: list[tuple[TrainingRun, bytes]] = []
         for run in runs:
-            prepared = await self._prepare(run, engine)
+            prepared = await self._prepared(run, engine)
             if isinstance(prepared, Failure):
                 await self._end(run, prepared)
             else:
@@ -181,30 +189,46 @@ class Conductor:
         loaded = {run.model_id for run, _ in ready if run.turn.entry.kind == "load_weights"}
         await asyncio.gather(*(self._end(run, result) for (run, _), result in zip(ready, results, strict=True)))
         for run, _ in ready:
-            # A load is never replayed: the checkpoint that it names may be overwritten or expire.
+            # A load should not be replayed for long: the checkpoint that it names may be overwritten or expire.
             if run.unsaved_operations >= self._settings.snapshot_operations or run.model_id in loaded:
                 await run.snapshot(engine)
+
+    async def _prepared(self, run: TrainingRun, engine: EngineHandle) -> bytes | Failure:
+        """As `_prepare`, but what is wrong with one run is that run's alone."""
+        try:
+            return await self._prepare(run, engine)
+        except EngineDied:
+            self._deaths[run.turn.entry.request_id] += 1
+            raise
+        except PASSING:
+            raise
+        except Exception as error:
+            log.exception("training run %s could not be prepared", run.model_id)
+            return Failure(f"the stored state of training run {run.model_id} cannot be read: {error}", "server")
 
     async def _prepare(self, run: TrainingRun, engine: EngineHandle) -> bytes | Failure:
         """Bring a run's state into the engine; the bytes to run for its turn, or why the operation fails."""
         entry = run.turn.entry
-        try:
-            await run.bring_into(engine)
-        except ReplayError as error:
-            log.error("%s", error)
-            return Failure(str(error), "server")
-        given_up = self._deaths[entry.request_id] >= MAX_DEATHS
-        if run.turn.clear_gradients or (given_up and entry.kind == "optim_step"):
-            await engine.run_cycle([encode(ClearGradients(run.model_id))])
-        if run.turn.failure is not None:
-            return run.turn.failure
-        if given_up:
+        if self._deaths[entry.request_id] >= MAX_DEATHS:  # the run's state went with the engine and is rebuilt later
             return Failure(
                 f"{entry.kind} (seq_id {entry.seq_id}) ended the engine process {MAX_DEATHS} times and was given up; "
                 "the model goes on as if it had not been sent. The server's log has the details",
                 "server",
             )
+        try:
+            await run.bring_into(engine)
+        except ReplayError as error:
+            log.error("%s", error)
+            return Failure(str(error), "server")
+        if run.turn.clear_gradients:
+            await engine.run_cycle([encode(ClearGradients(run.model_id))])
+        if run.turn.failure is not None:
+            return run.turn.failure
         details = details_of(entry)
+        if isinstance(details, SamplerDetails) and await self._ledger.get(SamplerRecord, details.sampler_id):
+            return Failure(
+                f"there is a sampler {details.sampler_id} already; take another sampling_session_seq_id", "user"
+            )
         if isinstance(details, SaveDetails) and not details.overwrite:
             path = checkpoint_path(run.model_id, details.kind, details.name)
             if await self._ledger.get(CheckpointRecord, path) is not None:
@@ -220,17 +244,21 @@ class Conductor:
         failed = isinstance(outcome, Failure)
         # A step that fails in the engine has cleared what it was to apply, like one whose batch was incomplete.
         cleared = turn.clear_gradients or (failed and turn.failure is None and entry.kind == "optim_step")
-        replaced = await self._replaced_by(records)
         ended = await self._ledger.complete(
             entry.request_id, encode(outcome), failed=failed, cleared_gradients=cleared, also=records
         )
-        for folder in replaced:
-            await remove_unused(self._ledger, self._data_dir, folder)
         run.ended(ended)
         self._deaths.pop(entry.request_id, None)
+        self._arrivals.announce(entry.request_id)
         if ended.kind == "unload_model" and not failed:
             del self._runs[run.model_id]
-        self._arrivals.announce(entry.request_id)
+            await self._fail_pending(run.model_id, f"training run {run.model_id} was unloaded before this")
+
+    async def _fail_pending(self, model_id: str, why: str) -> None:
+        """End what still waits in the log of a run that is gone."""
+        for entry in await self._ledger.pending(model_id):
+            await self._ledger.complete(entry.request_id, encode(Failure(why, "user")), failed=True)
+            self._arrivals.announce(entry.request_id)
 
     async def _begin_again(self, runs: list[TrainingRun]) -> None:
         """Go by the ledger alone: rebuild these runs' states, and run again what it does not hold as ended."""
@@ -240,9 +268,3 @@ class Conductor:
             if entry and entry.state != "accepted":
                 run.ended(entry)
                 self._arrivals.announce(entry.request_id)
-
-    async def _replaced_by(self, records: list) -> list[str]:
-        """The folders of checkpoints whose records these ones will take the place of."""
-        new = [record for record in records if isinstance(record, CheckpointRecord)]
-        old = [await self._ledger.get(CheckpointRecord, record.path) for record in new]
-        return [was.folder for was, now in zip(old, new, strict=True) if was is not None and was.folder != now.folder]

@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 RESTART_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0)
 """Pauses before a dead engine is started again; the last one repeats."""
 
+MAX_LOAD_DEATHS = 3
+"""An engine that was never ready and died this often is not started again."""
+
 STEADY_SECONDS = 60.0
 """An engine that lived this long starts the next time without a pause."""
 
@@ -35,7 +38,7 @@ class KeptEngine:
         self.lazy = lazy
         self.idle_seconds = idle_seconds
         self.state = "idle"
-        """idle, loading, ready, restarting, stopped, or failed: and why"""
+        """idle, loading, ready, restarting, stopping, stopped, or failed: and why"""
         self.info: BaseModelInfo | None = None
         """Known from the first time that the model was loaded."""
         self.last_used = time.monotonic()
@@ -68,15 +71,16 @@ class KeptEngine:
         """The running engine; waits while it loads or restarts, starts a lazy one. Unavailable if it cannot load;
         cancels whoever waits for it once it is released."""
         self.last_used = time.monotonic()
-        if self._handle is None and self.state in ("idle", "stopped") and self._released is None:
-            self.start()
         async with self._changed:
-            await self._changed.wait_for(lambda: self._handle or self.failure is not None or self._released)
-            if self._handle is not None:
-                return self._handle
-            if self._released is not None:
-                raise asyncio.CancelledError(f"engine {self.name} is released")
-            raise Unavailable(f"base model {self.name} cannot be served: {self.failure}")
+            while self._handle is None:
+                if self._released is not None:
+                    raise asyncio.CancelledError(f"engine {self.name} is released")
+                if self.failure is not None:
+                    raise Unavailable(f"base model {self.name} cannot be served: {self.failure}")
+                if self.state in ("idle", "stopped"):
+                    self.start()
+                await self._changed.wait()
+            return self._handle
 
     @property
     def idle(self) -> bool:
@@ -119,6 +123,7 @@ class KeptEngine:
             await asyncio.gather(self._supervisor, return_exceptions=True)
             self._supervisor = None
         handle, self._handle = self._handle, None
+        await self._enter("stopping")  # whoever needs the engine from here on waits, and starts it again after
         if handle is not None:
             await handle.stop()
         await self._enter("stopped")
@@ -148,6 +153,9 @@ class KeptEngine:
                 raise
             self._handle = None
             failures = 0 if time.monotonic() - started > STEADY_SECONDS else failures + 1
+            if self.info is None and failures >= MAX_LOAD_DEATHS:
+                await self._enter(f"failed: its engine process ended {failures} times while loading; see the log")
+                return
             pause = RESTART_SECONDS[min(failures, len(RESTART_SECONDS)) - 1] if failures else 0.0
             log.error("engine %s died; starting it again in %.0f s", self.name, pause)
             await self._enter("restarting")

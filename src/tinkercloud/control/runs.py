@@ -44,6 +44,8 @@ class TrainingRuns:
         self._models = models
         self._sessions = sessions
         self._creating = asyncio.Lock()
+        self._numbering = asyncio.Lock()
+        """Held from the choice of a seq_id until it is taken: two requests without one must not choose the same."""
 
     # ------------------------------------------------------------ making and finding
 
@@ -140,7 +142,16 @@ class TrainingRuns:
         """Append the saving of a named checkpoint (weights/NAME, or sampler_weights/NAME); without a name, one is made
         of the seq_id. A name that is taken fails the future (category user) unless `overwrite`."""
         if seq_id is None:
-            seq_id = await self._ledger.highest_seq(model.model_id) + 1
+            async with self._numbering:
+                return await self.save_weights(
+                    model,
+                    await self._ledger.highest_seq(model.model_id) + 1,
+                    name,
+                    for_sampler=for_sampler,
+                    ttl_seconds=ttl_seconds,
+                    overwrite=overwrite,
+                    user_metadata=user_metadata,
+                )
         details = SaveDetails(
             name=name or f"{seq_id:06d}",
             kind="sampler" if for_sampler else "training",

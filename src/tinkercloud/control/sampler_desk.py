@@ -6,6 +6,8 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from tinkercloud.codec import encode
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals
@@ -88,9 +90,14 @@ class SamplerDesk:
         while True:
             try:
                 return await self._run_once(entry, sampler)
-            except Exception:
+            except (Unavailable, OSError, SQLAlchemyError):
                 log.exception("sample %s failed for a reason that is not its own; it runs again", entry.request_id)
                 await asyncio.sleep(RETRY_SECONDS)
+            except Exception as error:
+                log.exception("sample %s cannot be run", entry.request_id)
+                failure = Failure(f"the stored sample cannot be read: {error}", "server")
+                await self._ledger.complete(entry.request_id, encode(failure), failed=True)
+                return self._arrivals.announce(entry.request_id, entry.stream)
 
     async def _run_once(self, entry: Entry, sampler: SamplerRecord) -> None:
         payload = await self._ledger.payload(entry.request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 
@@ -30,6 +31,8 @@ class Samplers:
         self._sessions = sessions
         self._checkpoints = checkpoints
         self._max_pending = max_pending
+        self._numbering = asyncio.Lock()
+        """Held from the choice of a seq_id until it is taken: two requests without one must not choose the same."""
 
     async def create(
         self, session: SessionRecord, seq_id: int, base_model: str | None, path: str | None
@@ -45,7 +48,7 @@ class Samplers:
             raise InvalidRequest("base_model or model_path is required: there is nothing to sample from")
         await self._models.info(base_model)
         await self._sessions.touch(session)
-        return await self._ledger.insert(
+        sampler = await self._ledger.insert(
             SamplerRecord(
                 sampler_id=f"{session.session_id}:sample:{seq_id}",
                 session_id=session.session_id,
@@ -56,6 +59,9 @@ class Samplers:
                 created_at=time.time(),
             )
         )
+        if (sampler.base_model, sampler.model_path, bool(sampler.folder)) != (base_model, path, bool(folder)):
+            raise InvalidRequest(f"sampling session {sampler.sampler_id} has other weights; take another seq_id")
+        return sampler
 
     async def unbound(self, owner: str, base_model: str | None, path: str | None) -> SamplerRecord:
         """The sampler of requests that name weights instead of a sampling session: one for the same weights, in one
@@ -91,7 +97,12 @@ class Samplers:
             raise Overloaded(f"{desk.pending} samples wait for {sampler.base_model} already; send this one again later")
         await self._sessions.heartbeat(sampler.session_id, sampler.owner)
         if seq_id is None:
-            seq_id = await self._ledger.highest_seq(sampler.sampler_id) + 1
+            async with self._numbering:
+                return await self._accept(sampler, await self._ledger.highest_seq(sampler.sampler_id) + 1, operation)
+        return await self._accept(sampler, seq_id, operation)
+
+    async def _accept(self, sampler: SamplerRecord, seq_id: int, operation: Sample) -> Entry:
+        desk = self._models.get(sampler.base_model).desk
         operation = replace(operation, request_id=request_id(sampler.sampler_id, seq_id))
         entry = await self._ledger.append(
             sampler.sampler_id, seq_id, "sample", encode(operation), num_tokens=operation.num_tokens

@@ -6,6 +6,8 @@ that must survive is on disk before a method returns. All raise `tinkercloud.err
 
 from __future__ import annotations
 
+import logging
+
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.base_models import BaseModels
@@ -16,6 +18,8 @@ from tinkercloud.control.runs import TrainingRuns
 from tinkercloud.control.samplers import Samplers
 from tinkercloud.control.sessions import Sessions
 from tinkercloud.ledger.ledger import Ledger
+
+log = logging.getLogger(__name__)
 
 
 class Service:
@@ -45,10 +49,18 @@ class Service:
 
     async def tidy(self, now: float) -> None:
         """One round of housekeeping: park silent sessions, unload idle models, drop what is past its retention."""
-        await self.sessions.park_silent(now)
-        await self.models.unload_idle()
-        await self._ledger.expire(now)
-        await self.checkpoints.drop_expired(now)
+        chores = (
+            self.sessions.park_silent(now),
+            self.models.unload_idle(),
+            self._ledger.expire(now),
+            self.checkpoints.drop_expired(now),
+            self.checkpoints.sweep(now),
+        )
+        for chore in chores:
+            try:
+                await chore
+            except Exception:  # the others may be what frees the disk
+                log.exception("housekeeping: %s failed", chore.__qualname__)
 
     async def stop(self) -> None:
         """Release waiting clients, finish the running cycles, put every run on disk, end the engines."""

@@ -83,8 +83,10 @@ class TrainingRun:
             folder = LoadWeights(self.model_id, snapshot.folder, with_optimizer=True, with_gradients=True)
             await self._restore(engine, encode(folder), f"its snapshot after operation {snapshot.seq_id}")
             after = snapshot.seq_id
-        for entry in await self._ledger.history(self.model_id, after):
+        behind = await self._ledger.history(self.model_id, after)
+        for entry in behind:
             await self._replay(engine, entry)
+        self.unsaved_operations = len(behind)
         self._resident_in = engine
 
     async def _replay(self, engine: EngineHandle, entry: Entry) -> None:

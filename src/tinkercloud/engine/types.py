@@ -254,7 +254,8 @@ class LossOutput(Struct, frozen=True, tag="loss"):
     output_type: str
     """The wire's name for the record, such as "CrossEntropyLossReturn"."""
     outputs: tuple[dict[str, np.ndarray], ...]
-    """For each datum: "logprobs", "elementwise_loss", float32, each of the shape of its target_tokens."""
+    """For each datum: "logprobs" and, but for custom losses, "elementwise_loss", float32, each of the shape of its
+    target_tokens."""
     metrics: dict[str, float]
     """"name:reduction", among them "loss:sum"."""
 

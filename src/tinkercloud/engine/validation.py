@@ -2,51 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
+from tinkercloud.engine.custom_loss import CUSTOM, CustomLoss, custom_loss_named
 from tinkercloud.engine.losses import Loss, loss_config, loss_named
 from tinkercloud.engine.types import BaseModelInfo, Datum, ForwardBackward, OperationError
+
+TARGETS = "target_tokens"
 
 
 def check_forward_backward(operation: ForwardBackward, info: BaseModelInfo) -> None:
     """OperationError says which datum is wrong and how, counting from 0."""
-    loss = loss_named(operation.loss_fn)
-    loss_config(loss, operation.loss_fn_config)
+    problem_of_inputs: Callable[[Datum], str | None]
+    if operation.loss_fn == CUSTOM:
+        custom = custom_loss_named(operation.loss_fn_config)
+        names = custom.reads
+        several, problem_of_inputs = True, partial(_problem_of_custom_inputs, custom)
+    else:
+        loss = loss_named(operation.loss_fn)
+        loss_config(loss, operation.loss_fn_config)
+        names = [wanted.name for wanted in loss.inputs]
+        several, problem_of_inputs = loss.several_targets, partial(_problem_of_inputs, loss)
     if not operation.data:
         raise OperationError("data is empty; send at least one datum")
     for index, datum in enumerate(operation.data):
-        problem = _problem_of(datum, loss, info)
+        problem = _problem_of(datum, operation.loss_fn, names, several, info) or problem_of_inputs(datum)
         if problem:
             raise OperationError(f"datum {index}: {problem}")
 
 
-def _problem_of(datum: Datum, loss: Loss, info: BaseModelInfo) -> str | None:
+def _problem_of(datum: Datum, loss: str, names: list[str], several: bool, info: BaseModelInfo) -> str | None:
+    """Of its tokens and targets."""
     tokens = datum.tokens
     if tokens.ndim != 1 or not 1 <= len(tokens) <= info.max_context:
         return f"the model input must have 1 to {info.max_context} tokens, not shape {list(tokens.shape)}"
     if problem := _range_problem("model input", tokens, info.vocab_size):
         return problem
-    names = [wanted.name for wanted in loss.inputs]
     missing = [name for name in names if name not in datum.inputs]
     if missing:
-        return f"{loss.name} needs {', '.join(names)}; missing: {', '.join(missing)}"
-    targets = datum.inputs["target_tokens"]
-    if targets.ndim not in ((1, 2) if loss.several_targets else (1,)) or targets.dtype.kind not in "iu":
-        shapes = "[N] or [N, K]" if loss.several_targets else "[N]"
-        return f"target_tokens of {loss.name} must be integers {shapes}, not {targets.dtype} {list(targets.shape)}"
+        return f"{loss} needs {', '.join(names)}; missing: {', '.join(missing)}"
+    targets = datum.inputs[TARGETS]
+    if targets.ndim not in ((1, 2) if several else (1,)) or targets.dtype.kind not in "iu":
+        shapes = "[N] or [N, K]" if several else "[N]"
+        return f"target_tokens of {loss} must be integers {shapes}, not {targets.dtype} {list(targets.shape)}"
     if not 1 <= len(targets) <= len(tokens) or targets.size == 0:
         return f"target_tokens has shape {list(targets.shape)} for {len(tokens)} input tokens"
-    if problem := _range_problem("target_tokens", targets, info.vocab_size):
-        return problem
-    for name in names[1:]:
-        values = datum.inputs[name]
+    return _range_problem(TARGETS, targets, info.vocab_size)
+
+
+def _problem_of_inputs(loss: Loss, datum: Datum) -> str | None:
+    targets = datum.inputs[TARGETS]
+    for wanted in loss.inputs[1:]:
+        values = datum.inputs[wanted.name]
         if values.shape != targets.shape or values.dtype.kind not in "fiu":
             return (
-                f"{name} must be numbers of the shape of target_tokens, {list(targets.shape)}, "
+                f"{wanted.name} must be numbers of the shape of target_tokens, {list(targets.shape)}, "
                 f"not {values.dtype} {list(values.shape)}"
             )
         if not np.isfinite(values).all():
-            return f"{name} has NaN or infinite entries"
+            return f"{wanted.name} has NaN or infinite entries"
+    return None
+
+
+def _problem_of_custom_inputs(loss: CustomLoss, datum: Datum) -> str | None:
+    for wanted in loss.inputs:
+        values = datum.inputs[TARGETS if wanted.name == "logprobs" else wanted.name]
+        if values.ndim != wanted.rank:
+            return f"{wanted.name} has rank {values.ndim}; custom loss {loss.name!r} declares {wanted.rank}"
+        if not np.isfinite(values).all():
+            return f"{wanted.name} has NaN or infinite entries"
     return None
 
 

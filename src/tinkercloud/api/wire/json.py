@@ -171,6 +171,20 @@ class Forward(Wire):
     forward_input: ForwardBackwardInput
 
 
+class CustomLossGraph(Wire):
+    format: Literal[1] = 1
+    nodes: list[dict[str, Any]]
+
+
+class CreateCustomLoss(Wire):
+    session_id: str
+    custom_loss_seq_id: Seq
+    """Not needed: the same loss has the same id, whichever it was."""
+    name: str
+    inputs: list[dict[str, Any]]
+    graph: CustomLossGraph
+
+
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[float, Field(ge=0, le=3.4028234663852886e38)]
 """Not negative, and a float32."""

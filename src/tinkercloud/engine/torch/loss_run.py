@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from itertools import accumulate
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from tinkercloud.engine.losses import loss_config, loss_named
 from tinkercloud.engine.torch.adapter import Adapter
 from tinkercloud.engine.torch.lora import Segment
-from tinkercloud.engine.torch.loss_metrics import loss_metrics
-from tinkercloud.engine.torch.losses import LOSS_FUNCTIONS, Targets
+from tinkercloud.engine.torch.objectives import objective_of
 from tinkercloud.engine.torch.packing import Tile, tiles_of
-from tinkercloud.engine.types import ForwardBackward, LossOutput, OperationError
+from tinkercloud.engine.types import ForwardBackward, LossOutput
 
 
 class LossRun:
@@ -27,17 +21,14 @@ class LossRun:
 
     def __init__(self, operation: ForwardBackward, adapter: Adapter, token_budget: int) -> None:
         self.operation, self.adapter = operation, adapter
-        loss = loss_named(operation.loss_fn)
-        self._loss, self._function = loss, LOSS_FUNCTIONS[loss.name]
-        self._config = loss_config(loss, operation.loss_fn_config)
-        input_names = [wanted.name for wanted in loss.inputs if wanted.name != "target_tokens"]
-        self.tiles = tiles_of(operation.data, token_budget, input_names)
         self.training = not operation.forward_only
-        self.wants_entropies = bool(self._config["entropy"])
         self.start_over()
+        self.tiles = tiles_of(operation.data, token_budget, self._objective.input_names)
+        self.wants_entropies = self._objective.wants_entropies
 
     def start_over(self) -> None:
         """Forget everything computed so far."""
+        self._objective = objective_of(self.operation)
         self._logprobs: list[Tensor] = []
         self._entropies: list[Tensor] = []
         self._gradient = torch.zeros_like(self.adapter.parameters) if self.training else None
@@ -55,56 +46,30 @@ class LossRun:
         self._logprobs.append(logprobs)
         if self.wants_entropies and entropies is not None:
             self._entropies.append(entropies)
-        if not self.training:
-            return torch.zeros_like(logprobs)
-        with torch.enable_grad():
-            logprobs = logprobs.detach().requires_grad_()
-            loss, _ = self._function(_targets(logprobs, [tile]), self._config)
-            return torch.autograd.grad(loss.sum(), logprobs)[0]
+        return self._objective.slopes(tile, logprobs) if self.training else torch.zeros_like(logprobs)
 
     def finish(self) -> LossOutput:
         """The operation's result; its gradient is the adapter's now. OperationError if the loss is not finite."""
         logprobs = torch.cat(self._logprobs)
-        targets = _targets(logprobs, self.tiles)
-        elementwise, diagnostics = self._function(targets, self._config)
-        total = elementwise.sum(dtype=torch.float64).item()
-        outputs = self._outputs(logprobs.cpu().numpy(), elementwise.cpu().numpy())
-        if not np.isfinite(total):
-            worst = next(i for i, output in enumerate(outputs) if not np.isfinite(output["elementwise_loss"]).all())
-            raise OperationError(
-                f"the {self._loss.name} loss of datum {worst} is not finite; nothing was added to the gradient. Look "
-                "for extreme weights, advantages or logprobs"
-            )
+        entropies = torch.cat(self._entropies) if self.wants_entropies else None
+        summary = self._objective.summary(self.tiles, logprobs, entropies)
         if self._gradient is not None:
             self.adapter.add_gradient(self._gradient)
-        entropies = torch.cat(self._entropies) if self.wants_entropies else None
-        metrics = loss_metrics(self._loss, targets, diagnostics, self._rows(logprobs.device), entropies)
+        arrays = {"logprobs": logprobs, **summary.per_target}
         return LossOutput(
-            output_type=self._loss.output_type,
-            outputs=tuple(outputs),
-            metrics={"loss:sum": total, "tokens:sum": float(self.operation.num_tokens), **metrics},
+            output_type=self._objective.output_type,
+            outputs=tuple(self._outputs({name: values.cpu().numpy() for name, values in arrays.items()})),
+            metrics={"loss:sum": summary.loss, "tokens:sum": float(self.operation.num_tokens), **summary.metrics},
         )
 
-    def _rows(self, device: torch.device) -> Tensor:
-        """The position of each target, counted over the whole operation [n]."""
-        starts = accumulate((tile.num_tokens for tile in self.tiles), initial=0)
-        return torch.cat([tile.rows + start for tile, start in zip(self.tiles, starts, strict=False)]).to(device)
-
-    def _outputs(self, logprobs: np.ndarray, elementwise: np.ndarray) -> list[dict[str, np.ndarray]]:
+    def _outputs(self, arrays: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Each datum's part of arrays of one value per target."""
         outputs: list[dict[str, np.ndarray]] = [{} for _ in self.operation.data]
         first = 0
         for tile in self.tiles:
             last = first + len(tile.targets)
-            for name, values in (("logprobs", logprobs), ("elementwise_loss", elementwise)):
+            for name, values in arrays.items():
                 for index, part in tile.per_datum(values[first:last]):
                     outputs[index][name] = part
             first = last
         return outputs
-
-
-def _targets(logprobs: Tensor, tiles: Sequence[Tile]) -> Targets:
-    """All targets of some tiles, given their log-probabilities."""
-    device = logprobs.device
-    inputs = {name: torch.cat([tile.inputs[name] for tile in tiles]).to(device) for name in tiles[0].inputs}
-    sizes = torch.tensor([math.prod(shape) for tile in tiles for shape in tile.shapes], device=device)
-    return Targets(logprobs, inputs, sizes)

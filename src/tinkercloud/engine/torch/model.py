@@ -64,6 +64,18 @@ class BaseModel:
         self._largest_layer = max((layer.weight.numel() for layer in self.linears[:-1]), default=0)
         self.unembedding = self.linears[-1]
 
+    def _check_whole(self) -> None:
+        """Refuse architectures of whose attention or MLP only some layers would be adapted (fused q/k/v and the like):
+        a client would get less than it asked for, without a word."""
+        adapted = {layer.name.rpartition(".")[0] for layer in self.linears[:-1]}
+        for parent in sorted(adapted):
+            for name, child in self._model.get_submodule(parent).named_children():
+                if isinstance(child, nn.Linear):
+                    raise OperationError(
+                        f"{self.info.architecture} is not supported: its layer {parent}.{name} would stay without LoRA "
+                        "while others beside it are adapted"
+                    )
+
     def _adapt(self, name: str, module: nn.Linear, part: str) -> None:
         layer = LoraLinear(module, len(self.linears), name, part, self._current_lora)
         self._model.set_submodule(name, layer)
@@ -86,6 +98,7 @@ class BaseModel:
         report(0.9, "checking")
         base = cls(model, _info_of(model, folder, options, device, dtype))
         base._check_packing()
+        base._check_whole()
         report(1.0, "ready")
         return base
 
@@ -176,6 +189,12 @@ def _config_of(folder: Path, options: EngineOptions) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
         raise OperationError(f"transformers does not know this model: {_one_line(error)}") from error
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("longrope", "dynamic"):
+        raise OperationError(
+            f"its rotary embedding ({rope['rope_type']}) depends on the longest sequence in a batch, so a client's "
+            "numbers would depend on others'"
+        )
     own = getattr(config, "max_position_embeddings", None) or 0
     if options.max_context > own > 0:
         raise OperationError(f"max_context {options.max_context} is above the model's own {own}")
