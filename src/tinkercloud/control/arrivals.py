@@ -44,10 +44,6 @@ class Arrivals:
 async def within(event: asyncio.Event, seconds: float) -> None:
     """Wait for an event, but not longer than this."""
     with suppress(TimeoutError):
-<<<<<<< HEAD
-        # Not wait_for: before Python 3.12 it forgets a cancellation that comes together with the event.
-=======
         # Not `wait_for`: on Python 3.11 it swallows a cancellation that comes together with the event.
->>>>>>> main
         async with asyncio.timeout(max(0.0, seconds)):
             await event.wait()
