@@ -31,7 +31,7 @@ def states(server) -> dict[str, str]:
 
 def until_gone(server):
     deadline = time.monotonic() + PATIENCE
-    while states(server)[LAZY] == "ready":
+    while states(server)[LAZY] in ("ready", "stopping"):
         assert time.monotonic() < deadline, "an idle lazy model stays"
         time.sleep(0.1)
 
