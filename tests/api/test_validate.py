@@ -2,10 +2,20 @@
 
 import numpy as np
 import pytest
+from tinker import types
 
 from tests.api.test_datums import INFO
-from tinkercloud.api.validate import SEEDS, check_name, check_optimizer, lora_from, sample_from
+from tinkercloud.api.validate import (
+    SEEDS,
+    check_name,
+    lora_from,
+    optimizer_from,
+    optimizer_json,
+    params_from,
+    sample_from,
+)
 from tinkercloud.api.wire import json as wire
+from tinkercloud.engine.types import AdamParams, DimuonParams
 from tinkercloud.errors import InvalidRequest
 
 
@@ -31,11 +41,72 @@ def test_a_wrong_adapter_is_refused(given, says):
         lora_from(given, INFO)
 
 
-def test_only_adamw_is_served():
-    check_optimizer(None)
-    check_optimizer(wire.OptimizerConfig())
-    with pytest.raises(InvalidRequest, match="'dimuon' is not served; use adamw"):
-        check_optimizer(wire.as_request(wire.OptimizerConfig, {"type": "dimuon"}))
+@pytest.mark.parametrize(
+    ("given", "family"),
+    [
+        ({}, "adamw"),
+        ({"type": "adamw"}, "adamw"),
+        ({"type": "dimuon", "version": 1}, "dimuon"),
+        ({"type": "dimuon"}, "dimuon"),
+    ],
+)
+def test_an_optimizer_is_chosen_and_named_back(given, family):
+    assert optimizer_from(wire.as_request(wire.OptimizerConfig, given)) == family
+    named = optimizer_json(family)
+    kind = types.AdamOptimizerConfig if family == "adamw" else types.DimuonOptimizerConfig
+    assert kind(**named).model_dump() == named
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"type": "lion"}, "'lion' is not served; use one of adamw, dimuon"),
+        ({"type": "dimuon", "version": 2}, "version 2 of dimuon is not served; use 1"),
+        ({"type": "adamw", "version": 1}, "version 1 of adamw is not served; leave it out"),
+        ({"type": "dimuon", "version": 1, "damping": 0.1}, "no option 'damping'"),
+    ],
+)
+def test_an_optimizer_that_is_not_served(given, says):
+    with pytest.raises(InvalidRequest, match=says):
+        optimizer_from(wire.as_request(wire.OptimizerConfig, given))
+
+
+def step(**given) -> wire.OptimStep:
+    return wire.as_request(wire.OptimStep, {"model_id": "m", **given})
+
+
+def test_a_steps_parameters_are_the_sdks():
+    assert params_from(step(adam_params={}), "adamw") == AdamParams()
+    assert params_from(step(optimizer_params={"type": "adamw", "beta1": 0.5}), "adamw") == AdamParams(beta1=0.5)
+    sent = types.OptimStepRequest(model_id="m", optim_params=types.DimuonParams(learning_rate=0.5, grad_clip_norm=-1))
+    params = params_from(step(**sent.model_dump(mode="json")), "dimuon")
+    assert params == DimuonParams(0.5, beta1=0.9, grad_clip_norm=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "optimizer", "says"),
+    [
+        ({"adam_params": {}}, "dimuon", "these are adamw's parameters.*optimizer is dimuon.*send optimizer_params"),
+        (
+            {"optimizer_params": {"type": "dimuon", "learning_rate": 1}},
+            "adamw",
+            "these are dimuon's parameters.*optimizer is adamw.*send adam_params",
+        ),
+        ({}, "adamw", "adam_params is required"),
+        ({}, "dimuon", "optimizer_params is required"),
+        ({"optimizer_params": {"type": "dimuon"}}, "dimuon", "learning_rate: Field required"),
+        ({"optimizer_params": {"type": "dimuon", "learning_rate": -1}}, "dimuon", "greater than or equal to 0"),
+        ({"optimizer_params": {"type": "dimuon", "learning_rate": float("inf")}}, "dimuon", "finite|less than"),
+        ({"optimizer_params": {"type": "dimuon", "learning_rate": float("nan")}}, "dimuon", "finite|greater"),
+        ({"optimizer_params": {"type": "dimuon", "learning_rate": 1, "beta1": 1}}, "dimuon", "less than 1"),
+        ({"optimizer_params": {"type": "dimuon", "learning_rate": 1, "damping": 0}}, "dimuon", "damping: Extra inputs"),
+        ({"optimizer_params": {"type": "lion", "learning_rate": 1}}, "dimuon", "'adamw', 'dimuon'"),
+        ({"optimizer_params": {"learning_rate": 1}}, "dimuon", "type"),
+    ],
+)
+def test_a_steps_parameters_that_are_wrong(given, optimizer, says):
+    with pytest.raises(InvalidRequest, match=says):
+        params_from(step(**given), optimizer)
 
 
 @pytest.mark.parametrize("name", ["a", "000010", "step-1.5_final", "a=b+c@d,e", "x" * 128, None])

@@ -46,6 +46,7 @@ PAIRS = [
     (types.ForwardRequest, wire.Forward),
     (types.OptimStepRequest, wire.OptimStep),
     (types.AdamParams, wire.Adam),
+    (types.DimuonParams, wire.Dimuon),
     (types.SaveWeightsRequest, wire.SaveWeights),
     (types.SaveWeightsForSamplerRequest, wire.SaveWeightsForSampler),
     (types.LoadWeightsRequest, wire.LoadWeights),

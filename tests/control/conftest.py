@@ -8,7 +8,15 @@ import pytest
 
 from tinkercloud.config import Settings
 from tinkercloud.control.service import Service
-from tinkercloud.engine.types import AdamParams, Datum, ForwardBackward, LoraConfig, OptimStep
+from tinkercloud.engine.types import (
+    AdamParams,
+    Datum,
+    DimuonParams,
+    ForwardBackward,
+    LoraConfig,
+    OptimizerFamily,
+    OptimStep,
+)
 
 NANO = "tinkercloud/nano"
 OWNER = "local"
@@ -30,11 +38,11 @@ class Client:
         self.seq_id = 0
 
     @classmethod
-    async def create(cls, service: Service, seed: int = 0) -> Client:
+    async def create(cls, service: Service, seed: int = 0, optimizer: OptimizerFamily = "adamw") -> Client:
         session = await service.sessions.create(
             owner=OWNER, tags=[], user_metadata={}, sdk_version="0.38.0", project_id=None, display_name=None
         )
-        entry = await service.runs.create(session, 0, NANO, LoraConfig(rank=4, seed=seed), {})
+        entry = await service.runs.create(session, 0, NANO, LoraConfig(rank=4, seed=seed), {}, optimizer)
         await cls._finished(service, entry)
         return cls(service, session, await service.runs.live(entry.stream, OWNER))
 
@@ -47,9 +55,8 @@ class Client:
         return await self.result(await self.send("forward_backward", operation))
 
     async def optim_step(self, learning_rate: float = 1e-2):
-        return await self.result(
-            await self.send("optim_step", OptimStep(self.model.model_id, AdamParams(learning_rate)))
-        )
+        params = AdamParams(learning_rate) if self.model.optimizer == "adamw" else DimuonParams(learning_rate)
+        return await self.result(await self.send("optim_step", OptimStep(self.model.model_id, params)))
 
     async def steps(self, count: int) -> list[float]:
         losses = []

@@ -49,6 +49,28 @@ def test_a_run_goes_on_after_its_engine_was_killed(serving, run):
     run(story)
 
 
+def test_a_run_comes_back_with_its_optimizer(serving, run):
+    """From its log alone, from a snapshot, and from a snapshot and the log behind it."""
+
+    async def story():
+        async with serving() as service:
+            client = await Client.create(service, optimizer="dimuon")
+            expected = await client.steps(7)
+        async with serving() as service:
+            client = await Client.create(service, optimizer="dimuon")
+            losses = await client.steps(2)
+            os.kill((await service.models.get(NANO).engine.running()).pid, signal.SIGKILL)
+            losses += await client.steps(1)
+            await service.sessions.park_silent(time.time() + 10_000)
+            losses += await client.steps(2)
+            os.kill((await service.models.get(NANO).engine.running()).pid, signal.SIGKILL)
+            losses += await client.steps(2)
+            assert client.model.optimizer == "dimuon"
+        assert losses == expected
+
+    run(story)
+
+
 def test_a_parked_session_comes_back_by_itself(serving, run):
     async def story():
         expected = await undisturbed(serving, 4)

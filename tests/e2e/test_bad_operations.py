@@ -4,6 +4,7 @@ import math
 
 import pytest
 from tinker import types
+from tinker.types.optimizer import OptimizerConfigBase
 
 from tests.e2e.by_hand import CONTEXT, NANO, OTHER, OTHER_VOCABULARY, PATIENCE, Run, datum, refused
 
@@ -120,7 +121,8 @@ def test_a_checkpoint_that_cannot_be_loaded(run, other):
         ({"rank": -8}, 400, "positive"),
         ({"rank": 17}, 400, "exceeds max LoRA rank 16"),
         ({"rank": 2**70}, 400, "exceeds max LoRA rank 16"),
-        ({"optimizer": types.DimuonOptimizerConfig()}, 400, "dimuon"),
+        ({"optimizer": OptimizerConfigBase(type="lion")}, 400, "adamw, dimuon"),
+        ({"optimizer": OptimizerConfigBase(type="dimuon", version=2)}, 400, "version 2 of dimuon"),
     ],
 )
 def test_a_training_run(run, given, status, says):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -65,3 +66,8 @@ def lora_gradients(model: PeftModel) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def saved_gradients(folder: Path) -> dict[str, Tensor]:
+    """The accumulated gradients of a checkpoint folder, by the keys of a saved adapter."""
+    return load_file(folder / "gradients.safetensors")

@@ -1,12 +1,25 @@
-"""AdamW against torch.optim.AdamW, and all or nothing."""
+"""AdamW against torch.optim.AdamW; any optimizer's step happens whole or not at all."""
 
 from __future__ import annotations
 
+import re
+
+import msgspec
 import pytest
 import torch
 
 from tests.engine.examples import forward_backward, gradient_of, make_datum, parameters_of, run, shaken
-from tinkercloud.engine.types import AdamParams, Failure, OptimStep, StepOutput
+from tinkercloud.codec import decode
+from tinkercloud.engine.types import (
+    AdamParams,
+    CreateModel,
+    DimuonParams,
+    Failure,
+    LoraConfig,
+    OptimStep,
+    StepOutput,
+    TrainOperation,
+)
 
 SETTINGS = [
     AdamParams(learning_rate=1e-2),
@@ -40,10 +53,7 @@ def test_steps_equal_torch(trainer_of, adam):
         optimizer.step()
         (output,) = run(trainer, OptimStep("m", adam))
         assert isinstance(output, StepOutput)
-        expected = {"learning_rate:mean": 1e-2}
-        if adam.grad_clip_norm:
-            expected["unclipped_grad_l2:mean"] = pytest.approx(norm, rel=1e-5)
-        assert output.metrics == expected
+        assert output.metrics == {"learning_rate:mean": 1e-2, "unclipped_grad_l2:mean": pytest.approx(norm, rel=1e-5)}
         torch.testing.assert_close(parameters_of(trainer, "m"), parameter.data, atol=1e-6, rtol=1e-6)
         assert gradient_of(trainer, "m") is None
 
@@ -53,13 +63,14 @@ def test_a_gradient_that_is_not_finite_is_refused_and_cleared(trainer_of, value)
     trainer = trainer_of()
     run(trainer, *shaken("m"), forward_backward("m", [make_datum(1, 20)]))
     adapter = trainer._adapters["m"]
-    state = [tensor.clone() for tensor in (adapter.parameters, adapter.first_moment, adapter.second_moment)]
+    state = [tensor.clone() for tensor in (adapter.parameters, *adapter.moments.values())]
+    assert len(state) == 3
     adapter.gradient[5] = value
     (failure,) = run(trainer, OptimStep("m", AdamParams()))
     assert isinstance(failure, Failure)
     assert failure.category == "user"
     assert "not finite" in failure.error
-    for before, after in zip(state, (adapter.parameters, adapter.first_moment, adapter.second_moment), strict=True):
+    for before, after in zip(state, (adapter.parameters, *adapter.moments.values()), strict=True):
         assert torch.equal(before, after)
     assert (adapter.steps, adapter.gradient) == (1, None)
     results = run(trainer, forward_backward("m", [make_datum(1, 20)]), OptimStep("m", AdamParams()))
@@ -76,3 +87,39 @@ def test_a_step_to_nowhere_is_refused(trainer_of):
     assert "eps 0" in failure.error
     assert torch.equal(parameters_of(trainer, "m"), before)
     assert gradient_of(trainer, "m") is None, "as a recovery leaves it, which replays no failed step"
+
+
+@pytest.mark.parametrize(
+    "family, params, words",
+    [
+        ("dimuon", AdamParams(), "optimizer is dimuon, .* adamw's"),
+        ("adamw", DimuonParams(1e-3), "optimizer is adamw, .* dimuon's"),
+        ("dimuon", DimuonParams(-1.0), "learning_rate must be"),
+        ("dimuon", DimuonParams(float("nan")), "learning_rate must be"),
+        ("dimuon", DimuonParams(1e-3, beta1=1.0), "beta1 must be"),
+        ("dimuon", DimuonParams(1e-3, grad_clip_norm=float("inf")), "grad_clip_norm must be"),
+        ("dimuon", DimuonParams(3e38), "would make weights infinite"),
+    ],
+)
+def test_a_step_of_another_family_or_out_of_range_is_refused(trainer_of, family, params, words):
+    trainer = trainer_of()
+    run(trainer, CreateModel("m", LoraConfig(rank=32), family), forward_backward("m", [make_datum(1, 20)]))
+    before = parameters_of(trainer, "m").clone()
+    (failure,) = run(trainer, OptimStep("m", params))
+    assert isinstance(failure, Failure)
+    assert failure.category == "user"
+    assert re.search(words, failure.error), failure.error
+    assert torch.equal(parameters_of(trainer, "m"), before)
+    assert trainer._adapters["m"].moments == {}
+    assert gradient_of(trainer, "m") is None
+
+
+def test_a_step_from_a_log_of_the_first_version_is_taken(trainer_of):
+    old = {"type": "optim_step", "model_id": "m", "adam": {"learning_rate": 0.05, "beta2": 0.9}}
+    states = []
+    for step in (decode(msgspec.msgpack.encode(old), TrainOperation), OptimStep("m", AdamParams(0.05, beta2=0.9))):
+        trainer = trainer_of()
+        run(trainer, CreateModel("m", LoraConfig(rank=4)), forward_backward("m", [make_datum(1, 20)]))
+        assert isinstance(run(trainer, step)[0], StepOutput)
+        states.append(parameters_of(trainer, "m"))
+    assert torch.equal(*states)

@@ -19,9 +19,10 @@ lengths = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 def test_tiles_hold_every_datum_once_within_the_budget(lengths, budget):
     tiles = tiles_of([make_datum(0, length) for length in lengths], budget, ["weights"])
     assert sorted(index for tile in tiles for index in tile.indices) == list(range(len(lengths)))
+    order = [index for tile in tiles for index in tile.indices]
+    assert [(lengths[index], index) for index in order] == sorted(zip(lengths, range(len(lengths)), strict=True))
     for tile, following in pairwise(tiles):
-        assert max(tile.indices) < min(following.indices)
-        assert tile.num_tokens + lengths[min(following.indices)] > budget
+        assert tile.num_tokens + lengths[following.indices[0]] > budget
     assert all(tile.num_tokens <= budget or len(tile.indices) == 1 for tile in tiles)
 
 

@@ -12,8 +12,10 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 
+from tinkercloud.engine.types import LoraConfig
 from tinkercloud.ledger import Ledger, database, schema
 from tinkercloud.ledger.lock import DataDirInUse, DataDirLock
+from tinkercloud.ledger.records import CheckpointRecord, ModelRecord
 
 MIGRATIONS = str(Path(database.__file__).parent / "migrations")
 
@@ -43,6 +45,46 @@ def test_a_migration_happens_whole_or_not_at_all(tmp_path: Path) -> None:
         command.upgrade(config, "head")
         command.downgrade(config, "base")
         assert inspect(connection).get_table_names() == ["alembic_version"]
+
+
+@pytest.mark.anyio
+async def test_a_ledger_of_the_first_version_is_brought_up(tmp_path: Path) -> None:
+    """Its runs and checkpoints have the only optimizer that there was."""
+    engine = database.connect(f"sqlite:///{tmp_path / 'ledger.db'}", connections=1)
+    config = Config()
+    config.set_main_option("script_location", MIGRATIONS)
+    lora = '{"rank": 8}'
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(
+            text(
+                "INSERT INTO models (model_id, session_id, model_seq_id, owner, base_model, lora, created_at, "
+                "last_request_at, state, applied_seq, user_metadata) "
+                "VALUES ('m', 's', 0, 'alice', 'base', :lora, 1, 1, 'live', 3, '{}')"
+            ),
+            {"lora": lora},
+        )
+        connection.execute(
+            text(
+                "INSERT INTO checkpoints (path, model_id, kind, name, owner, base_model, lora, folder, size_bytes, "
+                "created_at, public) VALUES ('p', 'm', 'training', 'n', 'alice', 'base', :lora, 'f', 5, 1, 0)"
+            ),
+            {"lora": lora},
+        )
+    engine.dispose()
+    ledger = await Ledger.open(tmp_path)
+    try:
+        model, checkpoint = await ledger.get(ModelRecord, "m"), await ledger.get(CheckpointRecord, "p")
+        assert (model.optimizer, model.lora, model.applied_seq) == ("adamw", LoraConfig(rank=8), 3)
+        assert (checkpoint.optimizer, checkpoint.size_bytes) == ("adamw", 5)
+    finally:
+        await ledger.close()
+    with engine.connect() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0001")
+        assert "optimizer" not in {column["name"] for column in inspect(connection).get_columns("models")}
+        assert connection.scalar(text("SELECT applied_seq FROM models")) == 3
 
 
 def test_a_newer_ledger_is_refused(tmp_path: Path) -> None:

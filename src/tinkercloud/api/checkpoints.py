@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 
 from tinkercloud.api.auth import Owner
 from tinkercloud.api.dependencies import Limit, Offset, ServiceOf, body_of
+from tinkercloud.api.validate import optimizer_json
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.answers import iso
 from tinkercloud.ledger.records import CheckpointRecord
@@ -36,7 +37,7 @@ async def weights_info(request: Request, service: ServiceOf, owner: Owner) -> di
     checkpoint = await service.checkpoints.get(given.tinker_path, owner)
     return {
         "base_model": checkpoint.base_model,
-        "optimizer_config": {"type": "adamw"},
+        "optimizer_config": optimizer_json(checkpoint.optimizer),
         "is_lora": True,
         "lora_rank": checkpoint.lora.rank,
         "train_unembed": checkpoint.lora.train_unembed,

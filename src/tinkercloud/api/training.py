@@ -14,13 +14,13 @@ from tinkercloud.api.datums import operation_from
 from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.hub import is_hub_folder
 from tinkercloud.api.refusals import accepted, read_operation, record_unreadable, recorded
-from tinkercloud.api.validate import check_optimizer, lora_from
+from tinkercloud.api.validate import lora_from, optimizer_from, optimizer_json, params_from
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire import json_arrays, protobuf
 from tinkercloud.api.wire.arrays import Batch
 from tinkercloud.api.wire.body import PROTOBUF, Unreadable, is_protobuf, off_loop, read_body
 from tinkercloud.control.service import Service
-from tinkercloud.engine.types import AdamParams, BaseModelInfo, ForwardBackward, OptimStep
+from tinkercloud.engine.types import BaseModelInfo, ForwardBackward, OptimStep
 from tinkercloud.errors import InvalidRequest
 
 router = APIRouter(tags=["training"])
@@ -35,9 +35,11 @@ async def create_model(request: Request, service: ServiceOf, owner: Owner) -> di
     given = await wire.read(request, wire.CreateModel)
     session = await service.sessions.active(given.session_id, owner)
     info = await service.models.info(given.base_model)
-    check_optimizer(given.optimizer_config)
+    optimizer = optimizer_from(given.optimizer_config)
     lora = lora_from(given.lora_config, info)
-    entry = await service.runs.create(session, given.model_seq_id, info.name, lora, given.user_metadata or {})
+    entry = await service.runs.create(
+        session, given.model_seq_id, info.name, lora, given.user_metadata or {}, optimizer
+    )
     return await accepted(service, owner, entry, "create_model")
 
 
@@ -55,7 +57,7 @@ async def get_info(request: Request, service: ServiceOf, owner: Owner) -> dict[s
             "tokenizer_id": tokenizer_id(info, request),
         },
         "model_id": model.model_id,
-        "optimizer_config": {"type": "adamw"},
+        "optimizer_config": optimizer_json(model.optimizer),
         "is_lora": True,
         "lora_rank": model.lora.rank,
         "model_name": info.name,
@@ -151,20 +153,14 @@ async def _submit_batch(
 
 @router.post("/optim_step", openapi_extra=body_of(wire.OptimStep))
 async def optim_step(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
-    """Apply the accumulated gradients with AdamW, and clear them."""
+    """Apply the accumulated gradients with the training run's optimizer, and clear them.
+
+    AdamW takes `adam_params`, Dimuon `optimizer_params`.
+    """
     raw = await read_operation(request, service, owner, "optim_step")
     address = wire.as_request(wire.Address, raw)
     model = await service.runs.live(address.model_id, owner)
     async with recorded(service, model, address.seq_id, "optim_step"):
-        operation = OptimStep(model.model_id, _adam_from(wire.as_request(wire.OptimStep, raw)))
+        operation = OptimStep(model.model_id, params_from(wire.as_request(wire.OptimStep, raw), model.optimizer))
         entry = await service.runs.submit(model, address.seq_id, "optim_step", operation)
     return await accepted(service, owner, entry, "optim_step")
-
-
-def _adam_from(given: wire.OptimStep) -> AdamParams:
-    if given.optimizer_params is not None:
-        raise InvalidRequest("optimizer_params are another optimizer's; this training run uses adamw: send adam_params")
-    adam = given.adam_params or given.optim_params
-    if adam is None:
-        raise InvalidRequest("adam_params is required; {} takes the defaults")
-    return AdamParams(**{name: getattr(adam, name) for name in AdamParams.__struct_fields__})

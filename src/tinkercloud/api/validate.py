@@ -9,7 +9,15 @@ import numpy as np
 
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.json_arrays import integers, tokens_from
-from tinkercloud.engine.types import BaseModelInfo, LoraConfig, SamplingParams
+from tinkercloud.engine.types import (
+    AdamParams,
+    BaseModelInfo,
+    DimuonParams,
+    LoraConfig,
+    OptimizerFamily,
+    OptimizerParams,
+    SamplingParams,
+)
 from tinkercloud.engine.types import Sample as SampleOperation
 from tinkercloud.errors import InvalidRequest
 
@@ -25,6 +33,9 @@ MAX_STOPS = 64
 """Most stop sequences in one request."""
 SEEDS = 2**63 - 1
 """Seeds are folded to [0, 2^63 - 1)."""
+
+VERSIONS: dict[OptimizerFamily, int | None] = {"adamw": None, "dimuon": 1}
+"""The served version of each optimizer; None where it has none."""
 
 _NAME = re.compile(r"\w[\w.+=@,-]*", re.ASCII)
 
@@ -50,10 +61,38 @@ def lora_from(given: wire.Lora | None, info: BaseModelInfo) -> LoraConfig:
     )
 
 
-def check_optimizer(given: wire.OptimizerConfig | None) -> None:
-    """Only AdamW is served."""
-    if given is not None and given.type != "adamw":
-        raise InvalidRequest(f"optimizer_config.type {given.type!r:.80} is not served; use adamw")
+def optimizer_from(given: wire.OptimizerConfig) -> OptimizerFamily:
+    """The optimizer that a training run is created with."""
+    version = VERSIONS.get(given.type, given.version)
+    if given.type not in VERSIONS:
+        known = ", ".join(VERSIONS)
+        raise InvalidRequest(f"optimizer_config.type {given.type!r:.80} is not served; use one of {known}")
+    if given.version not in (None, version):
+        right = f"use {version}" if version is not None else "leave it out"
+        raise InvalidRequest(f"optimizer_config.version {given.version} of {given.type} is not served; {right}")
+    return given.type
+
+
+def params_from(given: wire.OptimStep, optimizer: OptimizerFamily) -> OptimizerParams:
+    """The step's parameters, of the training run's own optimizer."""
+    params = given.optimizer_params or given.adam_params or given.optim_params
+    field = "adam_params" if optimizer == "adamw" else "optimizer_params"
+    if params is None:
+        hint = "; {} takes the defaults" if optimizer == "adamw" else " with type, learning_rate"
+        raise InvalidRequest(f"{field} is required{hint}")
+    if params.type != optimizer:
+        raise InvalidRequest(
+            f"these are {params.type}'s parameters, and this training run's optimizer is {optimizer}, chosen when it "
+            f"was created; send {field}"
+        )
+    kind = AdamParams if optimizer == "adamw" else DimuonParams
+    return kind(**{name: getattr(params, name) for name in kind.__struct_fields__})
+
+
+def optimizer_json(optimizer: OptimizerFamily) -> dict[str, str | int]:
+    """The SDK's `OptimizerConfig`."""
+    version = VERSIONS[optimizer]
+    return {"type": optimizer} if version is None else {"type": optimizer, "version": version}
 
 
 def check_name(name: str | None, ttl_seconds: int | None) -> None:

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 from tinkercloud.api.auth import Owner
 from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.refusals import accepted, read_operation, recorded
-from tinkercloud.api.validate import check_name, check_optimizer
+from tinkercloud.api.validate import check_name, optimizer_from
 from tinkercloud.api.wire import json as wire
 from tinkercloud.control.service import Service
 from tinkercloud.errors import InvalidRequest
@@ -79,6 +79,11 @@ async def load_weights(request: Request, service: ServiceOf, owner: Owner) -> di
         given = wire.as_request(wire.LoadWeights, raw)
         if given.session_id is not None or given.model_seq_id is not None:
             raise InvalidRequest("model_id loads into a training run, session_id makes a new one; send one of them")
+        if given.optimizer_config is not None and optimizer_from(given.optimizer_config) != model.optimizer:
+            raise InvalidRequest(
+                f"this training run's optimizer is {model.optimizer}, chosen when it was created; leave "
+                "optimizer_config out, or create a training client from the checkpoint"
+            )
         checkpoint = await _loadable(service, owner, given)
         entry = await service.runs.load_weights(model, given.seq_id, checkpoint, given.optimizer)
     return await accepted(service, owner, entry, "load_weights")
@@ -88,16 +93,16 @@ async def _create_from(service: Service, owner: str, given: wire.LoadWeights) ->
     if given.session_id is None or given.model_seq_id is None:
         raise InvalidRequest("send model_id and seq_id to load into a training run, or session_id and model_seq_id")
     session = await service.sessions.active(given.session_id, owner)
+    optimizer = None if given.optimizer_config is None else optimizer_from(given.optimizer_config)
     checkpoint = await _loadable(service, owner, given)
     await service.models.info(checkpoint.base_model)
     entry = await service.runs.create_from(
-        session, given.model_seq_id, checkpoint, given.optimizer, given.user_metadata or {}
+        session, given.model_seq_id, checkpoint, given.optimizer, given.user_metadata or {}, optimizer
     )
     return await accepted(service, owner, entry, "load_weights")
 
 
 async def _loadable(service: Service, owner: str, given: wire.LoadWeights) -> CheckpointRecord:
-    check_optimizer(given.optimizer_config)
     checkpoint = await service.checkpoints.get(given.path, owner)
     if given.optimizer and checkpoint.kind != "training":
         raise InvalidRequest(f"{given.path} has no optimizer state; load a /weights/ checkpoint, or without optimizer")

@@ -81,6 +81,7 @@ def conclude(entry: Entry, model: ModelRecord, result: Result) -> tuple[Outcome,
                 created_at=now,
                 expires_at=None if details.ttl_seconds is None else now + details.ttl_seconds,
                 user_metadata=details.user_metadata,
+                optimizer=model.optimizer,
             )
             saved = WeightsSaved if details.kind == "training" else SamplerSaved
             return saved(path=checkpoint.path), [checkpoint]

@@ -20,6 +20,7 @@ from tinkercloud.engine.types import (
     ForwardBackward,
     LoadWeights,
     LoraConfig,
+    OptimizerFamily,
     OptimStep,
     SaveWeights,
 )
@@ -55,10 +56,11 @@ class TrainingRuns:
         base_model: str,
         lora: LoraConfig,
         user_metadata: dict[str, Any],
+        optimizer: OptimizerFamily = "adamw",
     ) -> Entry:
         """seq_id 0 of a new log; entry.stream is the model's id. A repeat returns the first entry."""
-        model = self._new_model(session, model_seq_id, base_model, lora, user_metadata)
-        return await self._begin(session, model, "create_model", CreateModel(model.model_id, lora), {})
+        model = self._new_model(session, model_seq_id, base_model, lora, user_metadata, optimizer)
+        return await self._begin(session, model, "create_model", CreateModel(model.model_id, lora, optimizer), {})
 
     async def create_from(
         self,
@@ -67,10 +69,21 @@ class TrainingRuns:
         checkpoint: CheckpointRecord,
         with_optimizer: bool,
         user_metadata: dict[str, Any],
+        optimizer: OptimizerFamily | None = None,
     ) -> Entry:
-        """Create-via-load: seq_id 0 of a new log loads a checkpoint."""
-        model = self._new_model(session, model_seq_id, checkpoint.base_model, checkpoint.lora, user_metadata)
-        load = LoadWeights(model.model_id, checkpoint.folder, with_optimizer=with_optimizer)
+        """Create-via-load: seq_id 0 of a new log loads a checkpoint.
+
+        `with_optimizer` restores the checkpoint's optimizer; InvalidRequest if `optimizer` is another. Without it the
+        new run has `optimizer` (None: AdamW).
+        """
+        if with_optimizer and optimizer not in (None, checkpoint.optimizer):
+            raise InvalidRequest(
+                f"{checkpoint.path} holds the state of {checkpoint.optimizer}, which cannot go on as {optimizer}; "
+                "leave optimizer_config out, or load without optimizer state"
+            )
+        optimizer = checkpoint.optimizer if with_optimizer else optimizer or "adamw"
+        model = self._new_model(session, model_seq_id, checkpoint.base_model, checkpoint.lora, user_metadata, optimizer)
+        load = LoadWeights(model.model_id, checkpoint.folder, with_optimizer=with_optimizer, optimizer=optimizer)
         return await self._begin(session, model, "load_weights", load, remember(LoadDetails(checkpoint.path)))
 
     async def find(self, model_id: str, owner: str) -> ModelRecord:
@@ -175,7 +188,12 @@ class TrainingRuns:
                 f"{checkpoint.path} holds {checkpoint.lora}, this training run is {model.lora}; "
                 "create a training client from the checkpoint instead"
             )
-        load = LoadWeights(model.model_id, checkpoint.folder, with_optimizer=with_optimizer)
+        if with_optimizer and checkpoint.optimizer != model.optimizer:
+            raise InvalidRequest(
+                f"{checkpoint.path} holds the state of {checkpoint.optimizer}, this training run's optimizer is "
+                f"{model.optimizer}; load without optimizer state, or create a training client from the checkpoint"
+            )
+        load = LoadWeights(model.model_id, checkpoint.folder, with_optimizer=with_optimizer, optimizer=model.optimizer)
         return await self._append(model, seq_id, "load_weights", load, details=remember(LoadDetails(checkpoint.path)))
 
     async def unload(self, model: ModelRecord) -> Entry:
@@ -191,6 +209,7 @@ class TrainingRuns:
         base_model: str,
         lora: LoraConfig,
         user_metadata: dict[str, Any],
+        optimizer: OptimizerFamily,
     ) -> ModelRecord:
         now = time.time()
         return ModelRecord(
@@ -205,6 +224,7 @@ class TrainingRuns:
             state="live",
             applied_seq=-1,
             user_metadata=user_metadata,
+            optimizer=optimizer,
         )
 
     async def _begin(

@@ -2,7 +2,7 @@
 
 adapter_config.json        PEFT's `LoraConfig`
 adapter_model.safetensors  `base_model.model.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r]
-optimizer.safetensors      ours: both AdamW moments under the same keys, prefixed; metadata: steps
+optimizer.safetensors      ours: the optimizer's moments under the same keys, prefixed; metadata: optimizer, steps
 gradients.safetensors      ours: accumulated gradients under the same keys
 """
 
@@ -12,11 +12,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from tinkercloud.engine.types import LoraConfig, OperationError
+from tinkercloud.engine.types import LoraConfig, OperationError, OptimizerFamily
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -84,6 +84,22 @@ def adapter_config(lora: LoraConfig, base_model: str, adapted: list[str], others
 def weights_metadata(lora: LoraConfig, base_model: str) -> dict[str, str]:
     """What our own adapter_model.safetensors says besides its tensors."""
     return {"format": "pt", "base_model": base_model, "seed": str(lora.seed)}
+
+
+def optimizer_metadata(optimizer: OptimizerFamily, steps: int) -> dict[str, str]:
+    """What our optimizer.safetensors says besides its tensors."""
+    return {"optimizer": optimizer, "steps": str(steps)}
+
+
+def read_optimizer_metadata(metadata: Mapping[str, str]) -> tuple[OptimizerFamily, int]:
+    """(family, steps taken). OperationError if it is not there. Files that name no family are AdamW's."""
+    family, steps = metadata.get("optimizer", "adamw"), metadata.get("steps", "")
+    if not steps.isdigit():
+        raise OperationError(f"{OPTIMIZER_FILE} does not say how many steps were taken")
+    if family not in get_args(OptimizerFamily):
+        known = ", ".join(get_args(OptimizerFamily))
+        raise OperationError(f"{OPTIMIZER_FILE} is of optimizer {family!r:.80}; this server has {known}")
+    return family, int(steps)
 
 
 def read_adapter_config(folder: str | Path) -> LoraConfig:

@@ -54,7 +54,11 @@ class Datum(Struct, frozen=True):
         return len(self.tokens)
 
 
-class AdamParams(Struct, frozen=True):
+OptimizerFamily = Literal["adamw", "dimuon"]
+"""Chosen when a model is created, for its life (SDK `types.OptimizerConfig`)."""
+
+
+class AdamParams(Struct, frozen=True, tag="adamw"):
     """One AdamW step (SDK `types.AdamParams`, with its defaults); weight decay is decoupled."""
 
     learning_rate: float = 1e-4
@@ -64,6 +68,25 @@ class AdamParams(Struct, frozen=True):
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
     """Clip the adapter's whole gradient to this L2 norm; 0 is off."""
+
+
+class DimuonParams(Struct, frozen=True, tag="dimuon"):
+    """One Dimuon step (SDK `types.DimuonParams`, with its defaults)."""
+
+    learning_rate: float
+    """Of a direction whose Frobenius norm is the square root of the rank, at rank 32."""
+    beta1: float = 0.9
+    """How much of the momentum stays from step to step."""
+    grad_clip_norm: float = 0.0
+    """Clip the adapter's whole gradient to this L2 norm; 0 and below is off."""
+
+
+OptimizerParams = AdamParams | DimuonParams
+
+
+def family_of(params: OptimizerParams) -> OptimizerFamily:
+    """Whose step these parameters are."""
+    return "adamw" if isinstance(params, AdamParams) else "dimuon"
 
 
 class SamplingParams(Struct, frozen=True):
@@ -91,6 +114,7 @@ class CreateModel(Struct, frozen=True, tag="create_model"):
 
     model_id: str
     lora: LoraConfig
+    optimizer: OptimizerFamily = "adamw"
 
 
 class ForwardBackward(Struct, frozen=True, tag="forward_backward"):
@@ -107,8 +131,16 @@ class ForwardBackward(Struct, frozen=True, tag="forward_backward"):
         return sum(datum.num_tokens for datum in self.data)
 
 
-class OptimStep(Struct, frozen=True, tag="optim_step"):
+class OptimStep(Struct, frozen=True, tag="optimizer_step"):
     """Apply and clear the accumulated gradients. All-or-nothing. Result: `StepOutput`."""
+
+    model_id: str
+    params: OptimizerParams
+    """Of the model's own family."""
+
+
+class AdamStep(Struct, frozen=True, tag="optim_step"):
+    """An `OptimStep` as logs hold it that were written when there was only AdamW. Nothing makes new ones."""
 
     model_id: str
     adam: AdamParams
@@ -132,12 +164,15 @@ class SaveWeights(Struct, frozen=True, tag="save_weights"):
 class LoadWeights(Struct, frozen=True, tag="load_weights"):
     """Replace the model's weights by a checkpoint folder's, creating the model if it is new (rank, alpha and parts are
     the checkpoint's). Gradients become zero, or the folder's with `with_gradients`; moments become zero, or the
-    folder's with `with_optimizer`. Result: `LoadOutput`."""
+    folder's with `with_optimizer`. A model that is there keeps its optimizer, and a folder's moments must be of it.
+    Result: `LoadOutput`."""
 
     model_id: str
     folder: str
     with_optimizer: bool = False
     with_gradients: bool = False
+    optimizer: OptimizerFamily = "adamw"
+    """Of a new model, without `with_optimizer`; with it the folder's."""
 
 
 class ClearGradients(Struct, frozen=True, tag="clear_gradients"):
@@ -152,7 +187,9 @@ class DropModel(Struct, frozen=True, tag="drop_model"):
     model_id: str
 
 
-TrainOperation = CreateModel | ForwardBackward | OptimStep | SaveWeights | LoadWeights | ClearGradients | DropModel
+TrainOperation = (
+    CreateModel | ForwardBackward | OptimStep | AdamStep | SaveWeights | LoadWeights | ClearGradients | DropModel
+)
 
 
 # ---------------------------------------------------------------- operations of samplers

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from tinkercloud.engine.types import Failure, LoraConfig, LossOutput, SampleOutput, StepOutput
+from tinkercloud.engine.types import Failure, LoraConfig, LossOutput, OptimizerFamily, SampleOutput, StepOutput
 
 
 class SessionRecord(Struct, frozen=True):
@@ -43,6 +43,7 @@ class ModelRecord(Struct, frozen=True):
     applied_seq: int
     """The newest seq_id whose operation has ended; -1 before the first."""
     user_metadata: dict[str, Any] = {}
+    optimizer: OptimizerFamily = "adamw"
 
 
 class SamplerRecord(Struct, frozen=True):
@@ -77,6 +78,8 @@ class CheckpointRecord(Struct, frozen=True):
     expires_at: float | None = None
     public: bool = False
     user_metadata: dict[str, str] | None = None
+    optimizer: OptimizerFamily = "adamw"
+    """Of the run that it was saved from."""
 
 
 class SnapshotRecord(Struct, frozen=True):

@@ -63,6 +63,7 @@ models = Table(
     Column("state", String, nullable=False),
     Column("applied_seq", BigInteger, nullable=False),
     Column("user_metadata", _JSON, nullable=False),
+    Column("optimizer", String, nullable=False, server_default="adamw"),
     Index(None, "session_id", "model_seq_id", unique=True),
     Index(None, "owner", "created_at"),
 )
@@ -97,6 +98,7 @@ checkpoints = Table(
     Column("expires_at", Float),
     Column("public", Boolean, nullable=False),
     Column("user_metadata", _JSON),
+    Column("optimizer", String, nullable=False, server_default="adamw"),
     Index(None, "model_id"),
     Index(None, "owner", "created_at"),
 )

@@ -93,7 +93,7 @@ class Lora(Options):
 class OptimizerConfig(Options):
     type: str = "adamw"
     version: int | None = None
-    """Another family's; adamw has none."""
+    """Dimuon's; adamw has none."""
 
 
 class CreateModel(Wire):
@@ -200,13 +200,26 @@ class Adam(Options):
     grad_clip_norm: Size = 0.0
 
 
+class Dimuon(Options):
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["dimuon"] = "dimuon"
+    learning_rate: Size
+    beta1: Decay = 0.9
+    grad_clip_norm: float = 0.0
+    """0 and below is off."""
+
+
+AnyParams = Annotated[Adam | Dimuon, Field(discriminator="type")]
+
+
 class OptimStep(Wire):
     model_id: str
     seq_id: Seq | None = None
     adam_params: Adam | None = None
     optim_params: Adam | None = None
-    optimizer_params: Any = None
-    """Another family's parameters; refused."""
+    optimizer_params: AnyParams | None = None
+    """By its `type`; adam_params has none."""
 
 
 # ---------------------------------------------------------------- weights

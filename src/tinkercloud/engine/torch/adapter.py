@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tinkercloud.engine.torch.lora import AdapterWeights, LoraLinear, Pair
-from tinkercloud.engine.types import LoraConfig, OperationError
+from tinkercloud.engine.types import LoraConfig, OperationError, OptimizerFamily
 
 
 class AdapterLayout:
@@ -59,21 +59,36 @@ def layout_of(config: LoraConfig, linears: Sequence[LoraLinear], max_rank: int) 
 class Adapter:
     """An adapter in training. Parameters, gradient and moments are flat float32 buffers of one layout.
 
-    `gradient` is None while nothing has been accumulated, the moments are None before the first step.
+    `gradient` is None while nothing has been accumulated; there are no moments before the first step.
     """
 
-    def __init__(self, config: LoraConfig, layout: AdapterLayout, parameters: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: LoraConfig,
+        layout: AdapterLayout,
+        parameters: Tensor,
+        dtype: torch.dtype,
+        optimizer: OptimizerFamily = "adamw",
+    ) -> None:
         """`parameters` float32 [layout.size]; `dtype` is the base model's, in which forward passes use them."""
-        self.config, self.layout, self.parameters = config, layout, parameters
+        self.config, self.layout, self.parameters, self.optimizer = config, layout, parameters, optimizer
         self.gradient: Tensor | None = None
-        self.first_moment: Tensor | None = None
-        self.second_moment: Tensor | None = None
+        self.moments: dict[str, Tensor] = {}
+        """The optimizer's state, by its own names."""
         self.steps = 0
+        """Steps taken so far."""
         self._compute = parameters if dtype == parameters.dtype else parameters.to(dtype)
         self.weights = AdapterWeights(layout.views(self._compute), config.alpha / config.rank)
 
     @classmethod
-    def fresh(cls, config: LoraConfig, layout: AdapterLayout, device: torch.device, dtype: torch.dtype) -> Adapter:
+    def fresh(
+        cls,
+        config: LoraConfig,
+        layout: AdapterLayout,
+        device: torch.device,
+        dtype: torch.dtype,
+        optimizer: OptimizerFamily = "adamw",
+    ) -> Adapter:
         """A uniform in ±1/sqrt(in) (Kaiming with a = sqrt(5), as PEFT), B zero, from the config's seed alone."""
         parameters = torch.zeros(layout.size)
         generator = torch.Generator().manual_seed(config.seed % 2**63)
@@ -82,7 +97,7 @@ class Adapter:
                 a = pair[0]
                 bound = 1 / math.sqrt(a.shape[1])
                 a.uniform_(-bound, bound, generator=generator)
-        return cls(config, layout, parameters.to(device), dtype)
+        return cls(config, layout, parameters.to(device), dtype, optimizer)
 
     def parameters_changed(self) -> None:
         """Bring `weights` up to date after `parameters` was written to."""

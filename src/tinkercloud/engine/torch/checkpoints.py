@@ -20,16 +20,17 @@ from tinkercloud.engine.peft_layout import (
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
     adapter_config,
+    optimizer_metadata,
     read_adapter_config,
+    read_optimizer_metadata,
     read_weights_header,
     weight_keys,
     weights_metadata,
 )
 from tinkercloud.engine.torch.adapter import Adapter, AdapterLayout
 from tinkercloud.engine.torch.model import BaseModel
+from tinkercloud.engine.torch.optimizer import OPTIMIZERS
 from tinkercloud.engine.types import LoraConfig, OperationError
-
-_FIRST, _SECOND = "first_moment.", "second_moment."
 
 
 class SavedAdapter(NamedTuple):
@@ -84,9 +85,9 @@ def _write_files(adapter: Adapter, model: BaseModel, folder: Path, with_optimize
     save_file(_tensors(layout, adapter.parameters), folder / WEIGHTS_FILE, metadata)
     if with_optimizer:
         moments: dict[str, Tensor] = {}
-        if adapter.first_moment is not None and adapter.second_moment is not None:
-            moments = _tensors(layout, adapter.first_moment, _FIRST) | _tensors(layout, adapter.second_moment, _SECOND)
-        save_file(moments, folder / OPTIMIZER_FILE, {"steps": str(adapter.steps)})
+        for name, moment in adapter.moments.items():
+            moments |= _tensors(layout, moment, f"{name}.")
+        save_file(moments, folder / OPTIMIZER_FILE, optimizer_metadata(adapter.optimizer, adapter.steps))
     if with_gradients:
         gradient = {} if adapter.gradient is None else _tensors(layout, adapter.gradient)
         save_file(gradient, folder / GRADIENTS_FILE)
@@ -156,23 +157,17 @@ def read_adapter(folder: Path, model: BaseModel) -> SavedAdapter:
 
 
 def read_training_state(folder: Path, adapter: Adapter, *, with_optimizer: bool, with_gradients: bool) -> None:
-    """Put a folder's moments and gradients into an adapter that was made from its weights, bit for bit."""
+    """Put a folder's optimizer and gradients into an adapter that was made from its weights, bit for bit."""
     layout = adapter.layout
     keys = {name: weight_keys(name) for name in layout.names if name is not None}
     if with_optimizer:
         path = folder / OPTIMIZER_FILE
         tensors, metadata = _header(path)
-        steps = metadata.get("steps", "")
-        if not steps.isdigit():
-            raise OperationError(f"{OPTIMIZER_FILE} does not say how many steps were taken")
-        if tensors:
-            moments = []
-            for prefix in (_FIRST, _SECOND):
-                moment = torch.empty(layout.size)
-                _fill(path, layout, moment, {name: (prefix + a, prefix + b) for name, (a, b) in keys.items()})
-                moments.append(moment.to(adapter.parameters.device))
-            adapter.first_moment, adapter.second_moment = moments
-        adapter.steps = int(steps)
+        adapter.optimizer, adapter.steps = read_optimizer_metadata(metadata)
+        for prefix in OPTIMIZERS[adapter.optimizer].moments if tensors else ():
+            moment = torch.empty(layout.size)
+            _fill(path, layout, moment, {name: (f"{prefix}.{a}", f"{prefix}.{b}") for name, (a, b) in keys.items()})
+            adapter.moments[prefix] = moment.to(adapter.parameters.device)
     if with_gradients:
         path = folder / GRADIENTS_FILE
         tensors, _ = _header(path)

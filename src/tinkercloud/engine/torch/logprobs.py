@@ -6,6 +6,8 @@ backward pass; else backward recomputes the chunks, and only of rows that have a
 
 from __future__ import annotations
 
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ class _Chunk(NamedTuple):
     start: int
     end: int
     lora: LoraBatch
-    """Segments counted from `start`, cut where their own rows say and nobody else's."""
+    """Segments counted from `start`; a datum's rows are cut where they alone say."""
 
 
 class TargetLogprobs:
@@ -38,7 +40,8 @@ class TargetLogprobs:
     ) -> None:
         """`hidden` [T, H] (no autograd); `rows` int64 [n], not decreasing, and `tokens` int64 [n] are the pairs.
 
-        Every row lies in a segment of `lora`. `logits_bytes` bounds one chunk's logits.
+        Every row lies in a segment of `lora`, which lie back to back from row 0 with their datums. `logits_bytes`
+        bounds one chunk's logits.
         """
         self._model, self._hidden, self._lora = model, hidden, lora
         self._max_rows = max(8, logits_bytes // (4 * model.info.vocab_size) // 8 * 8)
@@ -97,23 +100,35 @@ class TargetLogprobs:
         return self._model.logits(self._hidden[rows], lora).log_softmax(dim=-1)
 
     def _chunks(self, rows: Tensor) -> list[_Chunk]:
-        """Cut rows (increasing) into chunks of whole pieces. A piece is cut from one segment's rows alone, so that its
+        """Cut rows (increasing) into chunks of whole pieces. A piece is cut from one datum's rows alone, so that its
         gradient's sums have the same order whatever else is in the batch."""
-        edges = torch.tensor([edge for segment in self._lora for edge in (segment.start, segment.end)])
-        places = torch.searchsorted(rows, edges.to(rows.device)).tolist()
+        edges, owners = [0], []
+        for number, segment in enumerate(self._lora):
+            for length, count in segment.datums:
+                edges += range(edges[-1] + length, edges[-1] + length * count + 1, length)
+                owners += [number] * count
+        places = torch.searchsorted(rows, torch.tensor(edges, device=rows.device)).tolist()
         chunks: list[_Chunk] = []
         start = end = 0
-        pieces: list[Segment] = []
-        for segment, low, high in zip(self._lora, places[::2], places[1::2], strict=True):
+        pieces: list[tuple[int, int]] = []
+        for owner, (low, high) in zip(owners, pairwise(places), strict=True):
             for first in range(low, high, self._max_rows):
                 last = min(first + self._max_rows, high)
                 if last - start > self._max_rows:
-                    chunks.append(_Chunk(start, end, LoraBatch(pieces)))
+                    chunks.append(_Chunk(start, end, self._segments(pieces)))
                     start, pieces = first, []
-                pieces.append(segment._replace(start=first - start, end=last - start))
+                pieces.append((owner, last - first))
                 end = last
-        chunks.append(_Chunk(start, end, LoraBatch(pieces)))
+        chunks.append(_Chunk(start, end, self._segments(pieces)))
         return chunks
+
+    def _segments(self, pieces: list[tuple[int, int]]) -> LoraBatch:
+        """The segments of pieces, (place in the batch's segments, rows), that lie back to back from row 0."""
+        segments: list[Segment] = []
+        for owner, own in groupby(pieces, key=itemgetter(0)):
+            start = segments[-1].end if segments else 0
+            segments.append(self._lora[owner].over(start, (rows for _, rows in own)))
+        return LoraBatch(segments)
 
 
 def row_entropies(log_probabilities: Tensor) -> Tensor:

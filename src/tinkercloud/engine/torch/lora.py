@@ -2,13 +2,15 @@
 
 Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021). The base product runs once over all
 rows; each adapter's part runs over the rows of its own segments. Adapter parameters are not autograd's: the backward
-pass adds dA and dB straight into the gradient of the segment's operation, segment by segment in row order, so that an
-operation's gradient has the same bits whoever shares its batch.
+pass adds dA and dB straight into the gradient of the segment's operation, datum by datum in row order, so that an
+operation's gradient has the same bits whoever shares its batch and wherever micro-batches were cut, and a batch that
+comes in two operations has the gradient of one, up to the rounding of a sum of its datums' gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +32,19 @@ class AdapterWeights(NamedTuple):
     """alpha / r"""
 
 
+class DatumRun(NamedTuple):
+    """Neighbouring datums of one length."""
+
+    rows: int
+    """Of each of them."""
+    count: int
+
+
+def runs_of(lengths: Iterable[int]) -> list[DatumRun]:
+    """Datums that lie back to back, given the rows of each."""
+    return [DatumRun(rows, len(list(same))) for rows, same in groupby(lengths)]
+
+
 class Segment(NamedTuple):
     """Rows of a batch that belong to one adapter."""
 
@@ -38,18 +53,17 @@ class Segment(NamedTuple):
     end: int
     gradient: Sequence[Pair | None] | None = None
     """Where dA and dB are added (float32, laid out as `weights.pairs`); None where no gradient is wanted."""
+    datums: Sequence[DatumRun] = ()
+    """Whose the rows are, in order: products are summed within a datum's rows, and the datums' added one by one."""
+
+    def over(self, start: int, lengths: Iterable[int]) -> Segment:
+        """The same adapter over other rows, from `start`: some of each datum's, `lengths` in their order."""
+        datums = runs_of(lengths)
+        return self._replace(start=start, end=start + sum(rows * count for rows, count in datums), datums=datums)
 
 
 class LoraBatch(tuple[Segment, ...]):
     """The segments of a batch, in row order and without overlap. Rows that none covers see the base model only."""
-
-    def slice(self, start: int, end: int) -> LoraBatch:
-        """The segments of rows [start, end), counted from `start`."""
-        return LoraBatch(
-            Segment(weights, max(first, start) - start, min(last, end) - start, gradient)
-            for weights, first, last, gradient in self
-            if first < end and last > start
-        )
 
 
 BASE_ONLY = LoraBatch()
@@ -91,21 +105,22 @@ class LoraLinear(nn.Module):
 def add_lora(index: int, batch: LoraBatch, x: Tensor, output: Tensor) -> list[Tensor | None]:
     """Add scale * (x A^T) B^T of layer `index` to `output` in place; the x A^T [rows, r] of each segment."""
     inner = []
-    for weights, start, end, _ in batch:
-        pair = weights.pairs[index]
+    for segment in batch:
+        pair = segment.weights.pairs[index]
         if pair is None:
             inner.append(None)
             continue
         a, b = pair
-        low = x[start:end] @ a.t()
-        output[start:end].addmm_(low, b.t(), alpha=weights.scale)
+        rows = slice(segment.start, segment.end)
+        low = x[rows] @ a.t()
+        output[rows].addmm_(low, b.t(), alpha=segment.weights.scale)
         inner.append(low)
     return inner
 
 
 def inner_products(index: int, batch: LoraBatch, x: Tensor) -> list[Tensor | None]:
     """x A^T [rows, r] of layer `index` for each segment, None where the adapter leaves the layer alone."""
-    pairs = [(weights.pairs[index], start, end) for weights, start, end, _ in batch]
+    pairs = [(segment.weights.pairs[index], segment.start, segment.end) for segment in batch]
     return [None if pair is None else x[start:end] @ pair[0].t() for pair, start, end in pairs]
 
 
@@ -116,28 +131,39 @@ def add_lora_gradients(
 
     x [rows, in], inner as `add_lora` returned it, d_output [rows, out], d_input [rows, in] or None if it is not wanted.
     """
-    for (weights, start, end, gradient), low in zip(batch, inner, strict=True):
+    for segment, low in zip(batch, inner, strict=True):
         if low is None:
             continue
-        a, b = weights.pairs[index]
-        d_out = d_output[start:end]
+        a, b = segment.weights.pairs[index]
+        rows, scale = slice(segment.start, segment.end), segment.weights.scale
+        d_out = d_output[rows]
         d_low = d_out @ b
-        if gradient is not None:
-            d_a, d_b = gradient[index]
-            _add_product(d_b, d_out.t(), low, weights.scale)
-            _add_product(d_a, d_low.t(), x[start:end], weights.scale)
+        if segment.gradient is not None:
+            d_a, d_b = segment.gradient[index]
+            _add_products(d_b, d_out, low, segment.datums, scale)
+            _add_products(d_a, d_low, x[rows], segment.datums, scale)
         if d_input is not None:
-            d_input[start:end].addmm_(d_low, a, alpha=weights.scale)
+            d_input[rows].addmm_(d_low, a, alpha=scale)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """total += scale * left @ right, in float32 whatever the operands are."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right, alpha=scale)
-    elif left.is_cuda:
-        total.add_(torch.mm(left, right, out_dtype=total.dtype), alpha=scale)
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype), alpha=scale)
+def _add_products(total: Tensor, left: Tensor, right: Tensor, datums: Sequence[DatumRun], scale: float) -> None:
+    """total [m, n] += scale * left^T @ right, left [rows, m] and right [rows, n], in float32 whatever those are.
+
+    On a GPU, where bits are not promised, all rows are summed at once; on the CPU datum by datum, in order.
+    """
+    if left.is_cuda:
+        if left.dtype == total.dtype:
+            total.addmm_(left.t(), right, alpha=scale)
+        else:
+            total.add_(torch.mm(left.t(), right, out_dtype=total.dtype), alpha=scale)
+        return
+    left, right = left.to(total.dtype), right.to(total.dtype)
+    first = 0
+    for rows, count in datums:
+        last = first + rows * count
+        lefts, rights = (rows_of[first:last].unflatten(0, (count, rows)) for rows_of in (left, right))
+        total.addbmm_(lefts.transpose(1, 2), rights, alpha=scale)
+        first = last
 
 
 class _LoraProduct(torch.autograd.Function):

@@ -36,7 +36,7 @@ class LossRun:
 
     def segment(self, start: int, tile: Tile) -> Segment:
         """The adapter on a tile whose first row is `start`."""
-        return Segment(self.adapter.weights, start, start + tile.num_tokens, self._views)
+        return Segment(self.adapter.weights, start, start + tile.num_tokens, self._views, tile.datum_runs)
 
     def take(self, tile: Tile, logprobs: Tensor, entropies: Tensor | None) -> Tensor:
         """Note a tile's target log-probabilities [n], the operation's next ones; the loss's gradient by them [n].

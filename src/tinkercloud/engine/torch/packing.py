@@ -1,8 +1,9 @@
 """From operations to packed micro-batches.
 
-An operation is cut into *tiles* of whole datums by its own lengths alone; a micro-batch is any set of tiles that fits
-the token budget. All sums over tokens (LoRA's weight gradients) run within a tile, and an operation's tiles are added
-in order. So its numbers depend neither on who shares its micro-batches nor on how tiles were put together.
+An operation's datums are put in order of their length and cut into *tiles* of whole datums; a micro-batch is any set of
+tiles that fits the token budget. All sums over tokens (LoRA's weight gradients) run within a datum, and an operation's
+datums are added in their order. So its numbers depend neither on who shares its micro-batches nor on where those were
+cut.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.torch.lora import runs_of
 from tinkercloud.engine.types import Datum
 
 ROW_MULTIPLE = 8
@@ -25,10 +27,11 @@ class Tile:
 
     def __init__(self, data: Sequence[Datum], indices: Sequence[int], input_names: Sequence[str]) -> None:
         """`indices`: the tile's places in `data`; `input_names`: the loss's inputs besides target_tokens."""
-        self.indices = sorted(indices, key=lambda index: data[index].num_tokens)
+        self.indices = by_length(data, indices)
         datums = [data[index] for index in self.indices]
         targets = [datum.inputs["target_tokens"] for datum in datums]
         self.lengths = [datum.num_tokens for datum in datums]
+        self.datum_runs = runs_of(self.lengths)
         ends = list(accumulate(self.lengths))
         self.num_tokens = ends[-1]
         self.tokens = _tensor([datum.tokens for datum in datums], np.int64)
@@ -60,16 +63,22 @@ def _target_rows(end: int, target: np.ndarray) -> np.ndarray:
     return rows if target.ndim == 1 else np.repeat(rows, target.shape[1])
 
 
+def by_length(data: Sequence[Datum], indices: Sequence[int]) -> list[int]:
+    """Places in `data`, shortest datum first, the earlier one of two that are equally long."""
+    return sorted(indices, key=lambda index: (data[index].num_tokens, index))
+
+
 def tiles_of(data: Sequence[Datum], token_budget: int, input_names: Sequence[str]) -> list[Tile]:
     """Cut an operation into tiles of at most `token_budget` tokens; a longer datum is a tile of its own."""
     groups: list[list[int]] = []
     room = 0
-    for index, datum in enumerate(data):
-        if not groups or datum.num_tokens > room:
+    for index in by_length(data, range(len(data))):
+        size = data[index].num_tokens
+        if not groups or size > room:
             groups.append([])
             room = token_budget
         groups[-1].append(index)
-        room -= datum.num_tokens
+        room -= size
     return [Tile(data, group, input_names) for group in groups]
 
 

@@ -15,9 +15,10 @@ from tinkercloud.engine.torch.logprobs import TargetLogprobs
 from tinkercloud.engine.torch.lora import LoraBatch
 from tinkercloud.engine.torch.loss_run import LossRun
 from tinkercloud.engine.torch.model import BaseModel
-from tinkercloud.engine.torch.optimizer import adamw_step
+from tinkercloud.engine.torch.optimizer import take_step
 from tinkercloud.engine.torch.packing import Pack, Tile, micro_batches
 from tinkercloud.engine.types import (
+    AdamStep,
     ClearGradients,
     CreateModel,
     Done,
@@ -134,14 +135,15 @@ class TorchTrainer:
 
     def _run_alone(self, operation: TrainOperation) -> Result:
         match operation:
-            case CreateModel(model_id, lora):
+            case CreateModel(model_id, lora, optimizer):
                 if model_id in self._adapters:
                     raise OperationError(f"there is already a model {model_id}")
+                device, dtype = self._model.device, self._model.dtype
                 layout = layout_of(lora, self._model.linears, self.info.max_rank)
-                self._adapters[model_id] = Adapter.fresh(lora, layout, self._model.device, self._model.dtype)
-            case OptimStep(model_id, adam):
+                self._adapters[model_id] = Adapter.fresh(lora, layout, device, dtype, optimizer)
+            case OptimStep(model_id, params) | AdamStep(model_id, params):
                 self._model.use_all_threads()
-                return StepOutput(adamw_step(self._adapter(model_id), adam))
+                return StepOutput(take_step(self._adapter(model_id), params))
             case SaveWeights():
                 return self._save(operation)
             case LoadWeights():
@@ -175,10 +177,16 @@ class TorchTrainer:
                 f"{current.config.rank}) or adapts other layers; create a new model from the checkpoint instead"
             )
         parameters = saved.parameters.to(self._model.device)
-        adapter = Adapter(saved.config, saved.layout, parameters, self._model.dtype)
+        optimizer = operation.optimizer if current is None else current.optimizer
+        adapter = Adapter(saved.config, saved.layout, parameters, self._model.dtype, optimizer)
         read_training_state(
             folder, adapter, with_optimizer=operation.with_optimizer, with_gradients=operation.with_gradients
         )
+        if current is not None and adapter.optimizer != current.optimizer:
+            raise OperationError(
+                f"the checkpoint's optimizer state is {adapter.optimizer}'s, and this model's optimizer is "
+                f"{current.optimizer}; load without optimizer state, or create a new model from the checkpoint"
+            )
         self._adapters[operation.model_id] = adapter
         return LoadOutput(saved.config)
 
