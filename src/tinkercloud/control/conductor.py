@@ -20,6 +20,7 @@ from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import KeptEngine
 from tinkercloud.control.folders import checkpoint_path
 from tinkercloud.control.gathering import Gathering
+from tinkercloud.control.metering import tokens_of
 from tinkercloud.control.outcomes import SamplerDetails, SaveDetails, conclude, details_of
 from tinkercloud.control.run_end import RunEnd, finished, unloaded
 from tinkercloud.control.storage import Storage
@@ -352,6 +353,8 @@ class Conductor:
             cleared_gradients=cleared,
             build=info and info.build,
             also=records,
+            tokens=tokens_of(entry, result),
+            of=run.record,
         )
         run.ended(ended)
         self._deaths.pop(entry.request_id, None)

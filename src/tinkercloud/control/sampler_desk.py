@@ -13,6 +13,7 @@ from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import KeptEngine
+from tinkercloud.control.metering import tokens_of
 from tinkercloud.control.stability import is_recorded
 from tinkercloud.control.suspects import MAX_DEATHS, RETRY_SECONDS, SUSPECTS_TOGETHER
 from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, OpenSampler, Result
@@ -122,6 +123,8 @@ class SamplerDesk:
                     encode(result),
                     failed=isinstance(result, Failure),
                     keep_seconds=self._record_seconds if is_recorded(result) else None,
+                    tokens=tokens_of(entry, result),
+                    of=sampler,
                 )
                 return self._arrivals.announce(entry.request_id, entry.stream)
             except (Unavailable, OSError, SQLAlchemyError):

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-HEAD = "0005"
+HEAD = "0006"
 """The newest migration. Known here so that opening a database that is up to date need not import Alembic (0.3 s)."""
 
 BUSY_TIMEOUT = 30

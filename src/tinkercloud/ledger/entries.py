@@ -11,8 +11,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
 
-from tinkercloud.ledger import catalog, segments
-from tinkercloud.ledger.records import CatalogRecord, Entry
+from tinkercloud.ledger import catalog, segments, usage
+from tinkercloud.ledger.records import CatalogRecord, Entry, Usage
 from tinkercloud.ledger.retention import needed_for_replay
 from tinkercloud.ledger.schema import IS_ACCEPTED, entries, models, small_blobs
 from tinkercloud.ledger.segments import Blob
@@ -58,6 +58,7 @@ class Completion(Struct, frozen=True):
     cleared_gradients: bool = False
     build: str | None = None
     also: tuple[CatalogRecord, ...] = ()
+    spent: tuple[Usage, ...] = ()
 
 
 def request_id(stream: str, seq_id: int) -> str:
@@ -148,7 +149,8 @@ _UNLOAD = update(models).where(models.c.model_id == bindparam("model")).values(s
 
 
 def complete(transaction: Transaction, completions: list[Completion]) -> list[Entry]:
-    """The ended entries. One that had ended before stays as it was (repeated=True), and its `also` is left out.
+    """The ended entries. One that had ended before stays as it was (repeated=True); its `also` and `spent`
+    are left out.
 
     The entry of an unknown request is a KeyError. A stream that is a model's has its applied_seq advanced; a done
     unload_model makes the model unloaded.
@@ -158,6 +160,7 @@ def complete(transaction: Transaction, completions: list[Completion]) -> list[En
     rows: list[dict[str, Any]] = []
     applied: dict[str, int] = {}
     unloaded: list[dict[str, str]] = []
+    spent: list[Usage] = []
     results: list[Entry] = []
     for completion in completions:
         before = known.get(completion.request_id)
@@ -183,6 +186,7 @@ def complete(transaction: Transaction, completions: list[Completion]) -> list[En
             unloaded.append({"model": before.stream})
         for record in completion.also:
             catalog.put(transaction, record)
+        spent += completion.spent
         known[completion.request_id] = replace(
             before,
             state=row["state"],
@@ -197,6 +201,7 @@ def complete(transaction: Transaction, completions: list[Completion]) -> list[En
         connection.execute(_ADVANCE, [{"model": stream, "seq": seq} for stream, seq in applied.items()])
     if unloaded:
         connection.execute(_UNLOAD, unloaded)
+    usage.add(connection, spent)
     return results
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -16,7 +16,7 @@ from sqlalchemy import Connection, Engine
 
 from tinkercloud.codec import encode
 from tinkercloud.engine.types import Failure
-from tinkercloud.ledger import catalog, database, entries, retention, segments
+from tinkercloud.ledger import catalog, database, entries, retention, segments, usage
 from tinkercloud.ledger.lock import DataDirLock
 from tinkercloud.ledger.order import GAP_TIMEOUT, ModelLog
 from tinkercloud.ledger.recent import Recent
@@ -28,6 +28,8 @@ from tinkercloud.ledger.records import (
     SamplerRecord,
     SessionRecord,
     SnapshotRecord,
+    Usage,
+    UsageKind,
 )
 from tinkercloud.ledger.writer import Writer
 
@@ -153,6 +155,8 @@ class Ledger:
         keep_seconds: float | None = None,
         build: str | None = None,
         also: Sequence[CatalogRecord] = (),
+        tokens: Mapping[UsageKind, int] | None = None,
+        of: ModelRecord | SamplerRecord | None = None,
     ) -> Entry:
         """Record how an accepted operation ended; KeyError if there is none. The first outcome stays for ever.
 
@@ -160,7 +164,7 @@ class Ledger:
         operation, a done unload_model makes its model unloaded, and the records in `also` are stored (in place of
         ones with their key). `result_bytes` is the size that a client is told; by default the outcome's. Payload and
         outcome stay for at least `keep_seconds`, and for as long again after each `keep`. `build`: what computed the
-        outcome.
+        outcome. `tokens` that it has cost are counted as used by the owner of the training run or sampler `of`.
         """
         now = self._clock()
         completion = entries.Completion(
@@ -173,6 +177,7 @@ class Ledger:
             cleared_gradients=cleared_gradients,
             build=build,
             also=tuple(also),
+            spent=_spent(tokens, of, now),
         )
 
         def then(entry: Entry) -> None:
@@ -295,6 +300,16 @@ class Ledger:
 
         return await self._writer.write(catalog.prune_snapshots, (model_id, keep), then=then)
 
+    # ------------------------------------------------------------ usage
+
+    async def usage(self, start: float, end: float, owner: str | None = None) -> list[Usage]:
+        """What was computed in the hours that begin in [start, end), for one owner or for all, oldest first."""
+        return await self._read(usage.find, owner, start, end)
+
+    async def tokens_since(self, start: float, owner: str) -> int:
+        """All tokens that were computed for an owner in the hours that begin at `start` or later."""
+        return await self._read(usage.total, owner, start)
+
     # ------------------------------------------------------------ what may wait a little for the disk
 
     def heartbeat(self, session_id: str) -> None:
@@ -388,6 +403,18 @@ class Ledger:
         if isinstance(record, ModelRecord) and record.model_id in self._touches.models:
             return replace(record, last_request_at=self._touches.models[record.model_id])
         return record
+
+
+def _spent(
+    tokens: Mapping[UsageKind, int] | None, of: ModelRecord | SamplerRecord | None, now: float
+) -> tuple[Usage, ...]:
+    if not tokens or of is None:
+        return ()
+    stream = of.model_id if isinstance(of, ModelRecord) else of.sampler_id
+    hour = int(now // usage.HOUR_SECONDS * usage.HOUR_SECONDS)
+    return tuple(
+        Usage(of.owner, hour, of.session_id, stream, kind, of.base_model, number) for kind, number in tokens.items()
+    )
 
 
 def _forget(times: dict[str, float], written: dict[str, float]) -> None:

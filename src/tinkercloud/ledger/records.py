@@ -92,6 +92,25 @@ class SnapshotRecord(Struct, frozen=True):
     created_at: float
 
 
+UsageKind = Literal["train", "prefill", "cached", "sample"]
+"""train: of forward and backward passes; prefill: of prompts; cached: of prompts, remembered from earlier ones;
+sample: drawn."""
+
+
+class Usage(Struct, frozen=True):
+    """Tokens that were computed for an owner in one hour (UTC)."""
+
+    owner: str
+    hour: int
+    """When it began; a multiple of 3600."""
+    session_id: str
+    model_id: str
+    """The training run or sampler."""
+    kind: UsageKind
+    base_model: str
+    tokens: int
+
+
 CatalogRecord = SessionRecord | ModelRecord | SamplerRecord | CheckpointRecord | SnapshotRecord
 
 

@@ -154,6 +154,19 @@ IS_KEPT = text("expired_at IS NULL")
 Index("ix_entries_accepted", entries.c.stream, sqlite_where=IS_ACCEPTED, postgresql_where=IS_ACCEPTED)
 Index("ix_entries_kept", entries.c.expires_at, sqlite_where=IS_KEPT, postgresql_where=IS_KEPT)
 
+usage = Table(
+    "usage",
+    metadata,
+    Column("owner", String, primary_key=True),
+    Column("hour", BigInteger, primary_key=True, autoincrement=False),
+    Column("session_id", String, primary_key=True),
+    Column("model_id", String, primary_key=True),
+    Column("kind", String, primary_key=True),
+    Column("base_model", String, nullable=False),
+    Column("tokens", BigInteger, nullable=False),
+)
+"""Tokens by owner and hour (`records.Usage`)."""
+
 small_blobs = Table(
     "small_blobs",
     metadata,
