@@ -155,7 +155,11 @@ class Settings(PerModel, BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", validate_default=True)
 
     config: Path | None = Field(None, description="A TOML file with any of these settings.")
-    host: str = Field("127.0.0.1", description="Address to listen on; a loopback address, since there are no keys yet.")
+    host: str = Field(
+        "127.0.0.1",
+        description="Address to listen on; one that other machines can reach only with keys (`tinkercloud keys "
+        "create`).",
+    )
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
     allowed_hosts: Annotated[list[str], NoDecode, BeforeValidator(_read_names)] = Field(
         default_factory=list,
@@ -259,16 +263,6 @@ class Settings(PerModel, BaseSettings):
         description="Sequences (`num_samples` of all requests) that may wait for one base model; beyond, clients are "
         "told to wait (429).",
     )
-
-    @field_validator("host")
-    @classmethod
-    def _loopback(cls, host: str) -> str:
-        if not is_loopback(host):
-            raise ValueError(
-                f"{host} can be reached from other machines, and this server has no keys to tell its users apart yet; "
-                "listen on 127.0.0.1 and reach it through an SSH tunnel (ssh -L 8000:127.0.0.1:8000 HOST)"
-            )
-        return host
 
     @field_validator("data_dir", "log_file", "config")
     @classmethod

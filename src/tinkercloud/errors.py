@@ -11,6 +11,15 @@ class InvalidRequest(RequestError):
     """Something in the request is wrong (400)."""
 
 
+class Unauthorized(RequestError):
+    """No key, or one that is not valid (401)."""
+
+    def __init__(self, why: str, invalid_token: bool = False) -> None:
+        """`invalid_token`: it was a token, so a new one in exchange for its key would do."""
+        super().__init__(why)
+        self.invalid_token = invalid_token
+
+
 class Forbidden(RequestError):
     """The caller may not do this (403)."""
 

@@ -1,7 +1,8 @@
 """What the operator changes while the server runs: the command line's `models` and `checkpoints import`.
 
-Only for whoever may reach the server itself. Bodies must say that they are JSON and requests must name the server by an
-address: a web page in the operator's browser can do neither across origins without asking.
+Only for operators: with keys, whoever has one that was made with `--operator`, and commands that can read the data
+directory; without, whoever may reach the server itself. Bodies must say that they are JSON, and without keys requests
+must name the server by an address: a web page in the operator's browser can do neither across origins without asking.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from fastapi import APIRouter, Depends, Request
 from msgspec import to_builtins
 from pydantic import ValidationError
 
-from tinkercloud.api.auth import Owner
+from tinkercloud.api.auth import Owner, require_operator
 from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.validate import check_name
 from tinkercloud.api.wire import json as wire
@@ -24,8 +25,9 @@ from tinkercloud.errors import Forbidden, InvalidRequest
 
 
 def _from_the_operator(request: Request) -> None:
+    require_operator(request)
     host = (request.url.hostname or "").strip("[]")
-    if not is_loopback(host):
+    if not (is_loopback(host) or request.app.state.service.keys.configured):
         raise Forbidden(f"administration is reached at a loopback address, not at {host!r}")
     if request.method == "POST" and not request.headers.get("content-type", "").startswith("application/json"):
         raise InvalidRequest("send the body as application/json")

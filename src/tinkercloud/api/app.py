@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 import tinkercloud
 from tinkercloud.api import (
     admin,
+    auth,
     checkpoints,
     client_config,
     custom_losses,
@@ -31,7 +32,7 @@ from tinkercloud.api.wire.answers import Json
 from tinkercloud.config import Settings
 from tinkercloud.control.service import Service
 
-PREFIX = "/api/v1"
+PREFIX = auth.PREFIX
 RESOURCES = (
     client_config,
     health,
@@ -60,6 +61,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     errors.install(app)
     refusals.install(app)
     app.add_middleware(doors.BodyBudget, settings=settings)
+    app.add_middleware(auth.Authentication, settings=settings)
     app.add_middleware(doors.HostCheck, settings=settings)
     app.add_middleware(errors.Guard)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]

@@ -1,51 +1,126 @@
 """Who a request is from: the only place that decides the owner of what it makes and sees.
 
 Without configured keys the server listens on the loopback address and takes any key, or none: everything belongs to one
-local owner.
+local owner, who is the operator too. With keys, whatever is under `PREFIX` wants one that is valid now, or a token that
+was given for one; what belongs to another owner does not exist for it.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
-import time
 from pathlib import Path
 from typing import Annotated
 
-import jwt
 from fastapi import Depends, Request
+from msgspec import Struct
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tinkercloud.api import tokens
+from tinkercloud.api.errors import drain, refused
+from tinkercloud.config import Settings
+from tinkercloud.control.keys import Keys
+from tinkercloud.errors import Forbidden, Unauthorized
+from tinkercloud.ledger.records import KeyRecord
 
 LOCAL_OWNER = "local"
-TOKEN_SECONDS = 3600
-"""How long a token from auth/token is valid; the SDK takes a new one at half of it."""
+"""Whose everything is that was made without keys; a key for this user gets at it."""
+
+PREFIX = "/api/v1"
+OPEN: frozenset[str] = frozenset({f"{PREFIX}/healthz"})
+"""What needs no key under `PREFIX`: a load balancer has none."""
+
+DRAINED_BYTES = 64 * 2**10
+"""Bodies up to this size are read to their end before a request is refused, so that its sender reads the answer."""
+
+JWT_START = "eyJ"
+"""How every JWT begins: an encoded brace."""
 
 
-async def owner_of(request: Request) -> str:
-    """The owner that a request acts for. Async, since FastAPI runs any other dependency in a thread."""
-    return LOCAL_OWNER
+class Caller(Struct, frozen=True):
+    """Who a request is from."""
+
+    owner: str
+    key: KeyRecord | None = None
+    """None without configured keys, and for a command on the server's own machine."""
+    is_operator: bool = False
 
 
-Owner = Annotated[str, Depends(owner_of)]
+def caller_of(request: Request) -> Caller:
+    """As `Authentication` has found out."""
+    return request.state.caller
 
 
-def issue_token(owner: str, data_dir: Path) -> str:
-    """A short-lived JWT (HS256, signed with the data directory's own secret) with the claims that the SDK reads."""
-    now = int(time.time())
-    claims = {"sub": owner, "org_id": owner, "email": f"{owner}@localhost", "iat": now, "exp": now + TOKEN_SECONDS}
-    return jwt.encode(claims, _secret(data_dir), algorithm="HS256")
+async def _owner_of(request: Request) -> str:  # async, since FastAPI runs any other dependency in a thread
+    return caller_of(request).owner
 
 
-def _secret(data_dir: Path) -> bytes:
-    path = data_dir / "token.secret"
-    if not path.exists():
-        data_dir.mkdir(parents=True, exist_ok=True)
-        draft = data_dir / f"token.secret.{secrets.token_hex(8)}"
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
-        try:
-            os.link(draft, path)  # whoever is first wins, and nobody reads half a secret
-        except FileExistsError:
-            pass
-        finally:
-            draft.unlink()
-    return path.read_bytes()
+Owner = Annotated[str, Depends(_owner_of)]
+"""The owner that a request acts for."""
+
+
+def require_operator(request: Request) -> None:
+    """Forbidden for keys that may not administer the server."""
+    if not caller_of(request).is_operator:
+        raise Forbidden(
+            "this key may not administer the server; use one that was made with `tinkercloud keys create NAME "
+            "--operator`, or a command on the server's machine that can read its data directory"
+        )
+
+
+class Authentication:
+    """Finds out who a request is from, or refuses it before anything else is read of it."""
+
+    def __init__(self, app: ASGIApp, settings: Settings | None) -> None:
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith(PREFIX) and scope["path"] not in OPEN:
+            try:
+                keys: Keys = scope["app"].state.service.keys
+                scope.setdefault("state", {})["caller"] = self._caller(keys, Headers(scope=scope))
+            except Unauthorized as error:
+                length = Headers(scope=scope).get("content-length", "0")
+                if error.invalid_token or (length.isdecimal() and int(length) <= DRAINED_BYTES):
+                    await drain(receive)
+                await refused(Request(scope), error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _caller(self, keys: Keys, headers: Headers) -> Caller:
+        if not keys.configured:
+            return Caller(LOCAL_OWNER, is_operator=True)
+        secret = presented(headers)
+        if secret is None:
+            raise Unauthorized("this server wants an API key: set TINKER_API_KEY to one of `tinkercloud keys create`")
+        return identify(secret, keys, self._settings.data_dir)
+
+
+def presented(headers: Headers) -> str | None:
+    """The key or token of a request: `X-API-Key`, else a bearer's."""
+    scheme, _, bearer = headers.get("authorization", "").partition(" ")
+    return headers.get("x-api-key") or (bearer.strip() if scheme.lower() == "bearer" else None) or None
+
+
+def identify(secret: str, keys: Keys, data_dir: Path) -> Caller:
+    """Whose key or token this is. Raises Unauthorized."""
+    if secret.startswith(JWT_START):
+        return _identify_token(secret, keys, data_dir)
+    key = keys.find(secret)
+    if key is None:
+        raise Unauthorized("this API key is not valid here: it is unknown, revoked or expired")
+    return Caller(key.owner, key, key.is_operator)
+
+
+def _identify_token(token: str, keys: Keys, data_dir: Path) -> Caller:
+    try:
+        claims = tokens.read(token, data_dir)
+    except tokens.TokenRefused as error:
+        raise Unauthorized(str(error), invalid_token=True) from None
+    if claims.get("operator") is True:
+        return Caller(LOCAL_OWNER, is_operator=True)
+    key_id = claims.get("key_id")
+    key = keys.get(key_id) if isinstance(key_id, int) else None
+    if key is None:
+        raise Unauthorized("the key of this token was revoked or has expired", invalid_token=True)
+    return Caller(key.owner, key, key.is_operator)

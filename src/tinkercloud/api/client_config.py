@@ -6,10 +6,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from tinkercloud.api.auth import Owner, issue_token
-from tinkercloud.api.dependencies import body_of
+from tinkercloud.api import tokens
+from tinkercloud.api.auth import caller_of
+from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.reading import read
+from tinkercloud.errors import InvalidRequest
 
 router = APIRouter(tags=["client"])
 
@@ -46,6 +48,32 @@ async def client_dynamic_config(request: Request) -> dict[str, Any]:
 
 
 @router.post("/auth/token")
-async def auth_token(request: Request, owner: Owner) -> dict[str, Any]:
-    """A short-lived JWT in exchange for the key."""
-    return {"jwt": issue_token(owner, request.app.state.settings.data_dir)}
+async def auth_token(request: Request) -> dict[str, Any]:
+    """A short-lived JWT in exchange for the key; it is valid in the key's place."""
+    caller = caller_of(request)
+    return {"jwt": tokens.issue(caller.owner, caller.key, request.app.state.settings.data_dir)}
+
+
+@router.get("/auth/apikey/me")
+async def get_own_key(request: Request) -> dict[str, Any]:
+    """What is known of the key of this request; id 0 where the server has no keys."""
+    caller = caller_of(request)
+    return {
+        "key_id": 0 if caller.key is None else caller.key.key_id,
+        "name": caller.owner if caller.key is None else caller.key.name,
+        "note": "this server has no keys" if caller.key is None else f"{caller.key.hint}…",
+        "details": {
+            "org_details": {"name": tokens.ORGANIZATION},
+            "user_details": {"email": tokens.email_of(caller.owner)},
+        },
+    }
+
+
+@router.delete("/auth/apikey/me")
+async def revoke_own_key(request: Request, service: ServiceOf) -> dict[str, Any]:
+    """Revoke the key of this request, and no other one."""
+    key = caller_of(request).key
+    if key is None:
+        raise InvalidRequest("this request has no key that could be revoked")
+    await service.keys.revoke(key)
+    return {"key_id": key.key_id}

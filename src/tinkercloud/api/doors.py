@@ -1,8 +1,9 @@
 """What is looked at before a request reaches its route: whom it takes the server for, and whether there is room for it.
 
-The server trusts whoever can reach it, and so can every web page in a browser on its machine: by asking for a loopback
-address, or for a name of the page's own that it lets resolve to one (DNS rebinding). The browser says so in `Host` and
-`Origin`, which a page cannot forge; a page that posts without asking first cannot say that it sends JSON.
+Without keys the server trusts whoever can reach it, and so can every web page in a browser on its machine: by asking
+for a loopback address, or for a name of the page's own that it lets resolve to one (DNS rebinding). The browser says so
+in `Host` and `Origin`, which a page cannot forge; a page that posts without asking first cannot say that it sends JSON.
+With keys the server may be called anything: such a page has none.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tinkercloud.api.errors import refused
+from tinkercloud.api.errors import drain, refused
 from tinkercloud.api.wire.body import HOLD
 from tinkercloud.config import Settings, is_loopback
 from tinkercloud.errors import Forbidden, InvalidRequest, Overloaded, RequestError
@@ -40,17 +41,17 @@ class HostCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                self._check(scope["method"], Headers(scope=scope))
+                self._check(scope["method"], Headers(scope=scope), _has_keys(scope))
             except RequestError as error:
                 await refused(Request(scope), error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 
-    def _check(self, method: str, headers: Headers) -> None:
+    def _check(self, method: str, headers: Headers, has_keys: bool) -> None:
         host = headers.get("host", "")
         if ANY not in self._allowed:
             name = _hostname(f"//{host}")
-            if not (is_loopback(name) or name == self._own or name in self._allowed):
+            if not (has_keys or is_loopback(name) or name == self._own or name in self._allowed):
                 raise Forbidden(
                     f"this server is not called {name!r:.200}; reach it at a loopback address such as 127.0.0.1, or "
                     "add the name to its setting allowed_hosts"
@@ -64,6 +65,11 @@ class HostCheck:
                 )
         if method == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() in FORMS:
             raise InvalidRequest("send the body as application/json (curl: -H 'content-type: application/json')")
+
+
+def _has_keys(scope: Scope) -> bool:
+    app = scope.get("app")
+    return app is not None and app.state.service.keys.configured
 
 
 def _hostname(url: str) -> str:
@@ -127,13 +133,7 @@ class BodyBudget:
             hold(int(announced) if announced.isdecimal() else 0)
             await self._app(scope, receive_and_count, send)
         except Overloaded as error:
-            await _drain(receive)
+            await drain(receive)
             await refused(Request(scope), error)(scope, receive, send)
         finally:
             self._held -= own
-
-
-async def _drain(receive: Receive) -> None:
-    """Read what is left of a body and keep nothing of it: a sender that is not through does not read the answer."""
-    while (message := await receive())["type"] == "http.request" and message.get("more_body"):
-        pass

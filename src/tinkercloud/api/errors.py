@@ -16,7 +16,16 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinkercloud.api.wire.answers import Json
-from tinkercloud.errors import Ended, Forbidden, InvalidRequest, NotFound, Overloaded, RequestError, Unavailable
+from tinkercloud.errors import (
+    Ended,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    RequestError,
+    Unauthorized,
+    Unavailable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +40,7 @@ class TooLarge(InvalidRequest):
 STATUSES: dict[type[RequestError], int] = {
     TooLarge: 413,
     InvalidRequest: 400,
+    Unauthorized: 401,
     Forbidden: 403,
     NotFound: 404,
     Ended: 410,
@@ -42,7 +52,11 @@ STATUSES: dict[type[RequestError], int] = {
 def refused(request: Request, error: RequestError) -> Response:
     """The answer to a request that cannot be served."""
     status = next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
-    headers = {"retry-after": str(RETRY_SECONDS)} if status in (429, 503) else None
+    headers = {"retry-after": str(getattr(error, "retry_seconds", RETRY_SECONDS))} if status in (429, 503) else None
+    if isinstance(error, Unauthorized):
+        # The SDK takes a new token, and repeats the request, only where it is told so (RFC 6750).
+        wrong = ', error="invalid_token"' if error.invalid_token else ""
+        headers = {"www-authenticate": f'Bearer realm="tinkercloud"{wrong}'}
     return Json({"detail": str(error)}, status, headers)
 
 
@@ -59,6 +73,12 @@ def _unroutable(request: Request, error: HTTPException) -> Response:
 def _bad_parameters(request: Request, error: RequestValidationError) -> Response:
     problems = (f"{'.'.join(map(str, p['loc'][1:]))}: {p['msg']} (it is {p['input']!r:.80})" for p in error.errors())
     return Json({"detail": "; ".join(problems)}, 422)
+
+
+async def drain(receive: Receive) -> None:
+    """Read what is left of a body and keep nothing of it: a sender that is not through does not read the answer."""
+    while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+        pass
 
 
 class Guard:

@@ -11,10 +11,9 @@ from urllib.parse import quote
 import typer
 from rich.filesize import decimal
 from rich.markup import escape
-from rich.text import Text
 
 from tinkercloud.base_models import ModelError, parse_model
-from tinkercloud.cli.console import CommandError, err, out
+from tinkercloud.cli.console import CommandError, err, out, print_columns
 from tinkercloud.cli.options import ONE_MODEL_TEXT
 from tinkercloud.config import ConfigError, Settings, is_loopback, server_url
 
@@ -43,7 +42,7 @@ def list_models(url: Url = None) -> None:
     rows = [("model", "state", "source")]
     for model in _ask(url, "GET", "/api/v1/admin/models", "models")["models"]:
         rows.append((model["name"], model["state"] + (" (lazy)" if model["lazy"] else ""), model["source"]))
-    _print_columns(rows)
+    print_columns(rows)
 
 
 @models.command("add")
@@ -95,7 +94,7 @@ def list_checkpoints(url: Url = None) -> None:
     if not rows[1:]:
         err.print("No checkpoints yet.")
         return
-    _print_columns(rows)
+    print_columns(rows)
 
 
 @checkpoints.command("import")
@@ -117,28 +116,23 @@ def import_checkpoint(
     out.print(answer["path"], soft_wrap=True)
 
 
-def _print_columns(rows: list[tuple[str, ...]]) -> None:
-    """Lines that are as long as they must be: a path that is cut or wrapped cannot be copied. The first row, the names
-    of the columns, is for people: without a terminal the lines are only what was asked for."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, row in enumerate(rows):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        if number or out.is_terminal:
-            out.print(Text(line, "" if number else "dim"), soft_wrap=True)
-
-
 def _ask(url: str | None, method: str, path: str, answered: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """One request to the server's API; its JSON, in which `answered` is a field. CommandError with the server's own
     sentence."""
     import httpx
 
-    if url is None:
-        try:
-            settings = Settings.load()
-        except ConfigError as error:
+    from tinkercloud.api import tokens
+
+    own_token = None
+    try:
+        settings = Settings.load()
+    except ConfigError as error:
+        if url is None:
             raise ConfigError(f"{error} (or name the server with --url)") from None
-        url = server_url(settings.host, settings.port)
-    key = os.environ.get("TINKER_API_KEY", "tml-local")
+    else:
+        url = url or server_url(settings.host, settings.port)
+        own_token = tokens.issue_operators(settings.data_dir)
+    key = os.environ.get("TINKER_API_KEY") or own_token or "tml-local"
     if not (key.isascii() and key.isprintable()):
         raise CommandError("TINKER_API_KEY has characters that no key has; a key is letters, digits, - and _")
     try:

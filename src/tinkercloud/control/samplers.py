@@ -19,7 +19,7 @@ from tinkercloud.engine.types import Sample
 from tinkercloud.errors import InvalidRequest, NotFound, Overloaded
 from tinkercloud.ledger.entries import request_id
 from tinkercloud.ledger.ledger import Ledger
-from tinkercloud.ledger.records import Entry, SamplerRecord, SessionRecord
+from tinkercloud.ledger.records import Entry, ModelRecord, SamplerRecord, SessionRecord
 
 
 class Samplers:
@@ -145,12 +145,18 @@ class Samplers:
         return entry
 
     async def cancel(self, sample_id: str, owner: str) -> None:
-        """Stop a sample. No error if it is unknown or done; InvalidRequest if it is not a sample."""
+        """Stop a sample. No error if it is unknown, done or another owner's; InvalidRequest if it is not a sample."""
         entry = await self._ledger.entry(sample_id)
         if entry is None:
             return
         if entry.kind != "sample":
-            raise InvalidRequest(f"{sample_id} is a {entry.kind}; only samples can be cancelled")
-        sampler = await self.get(entry.stream, owner)
+            model = await self._ledger.get(ModelRecord, entry.stream)
+            if model is not None and model.owner == owner:
+                raise InvalidRequest(f"{sample_id} is a {entry.kind}; only samples can be cancelled")
+            return
+        try:
+            sampler = await self.get(entry.stream, owner)
+        except NotFound:
+            return
         if sampler.base_model in self._models:
             await self._models.get(sampler.base_model).desk.cancel(sample_id)

@@ -11,12 +11,13 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from tinkercloud.config import Settings
+from tinkercloud.config import Settings, is_loopback
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.checkpoints import Checkpoints
 from tinkercloud.control.engines import OnProgress
 from tinkercloud.control.futures import Futures
+from tinkercloud.control.keys import Keys
 from tinkercloud.control.runs import TrainingRuns
 from tinkercloud.control.sampler_keeper import SamplerKeeper
 from tinkercloud.control.samplers import Samplers
@@ -28,11 +29,16 @@ from tinkercloud.ledger.ledger import Ledger
 log = logging.getLogger(__name__)
 
 
+class NoKeys(Exception):
+    """Other machines could reach the server, and it has no keys. The text says what to do."""
+
+
 class Service:
     """The rooms of a running server. Make one with `start`."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, on_progress: OnProgress):
+    def __init__(self, settings: Settings, ledger: Ledger, keys: Keys, on_progress: OnProgress):
         self._settings = settings
+        self.keys = keys
         self._ledger = ledger
         self._arrivals = Arrivals()
         self.storage = Storage(ledger, Path(settings.data_dir))
@@ -49,14 +55,26 @@ class Service:
 
     @classmethod
     async def start(cls, settings: Settings, on_progress: OnProgress) -> Service:
-        """Open the data directory, begin to load the base models, and take up what the last run left unfinished."""
+        """Open the data directory, begin to load the base models, and take up what the last run left unfinished.
+
+        Raises NoKeys.
+        """
         ledger = await Ledger.open(
             settings.data_dir,
             settings.database_url,
             result_retention=settings.result_retention_seconds,
             unretrieved_retention=settings.unretrieved_retention_seconds,
         )
-        service = cls(settings, ledger, on_progress)
+        keys = await Keys.open(ledger)
+        if not keys.configured and not is_loopback(settings.host):
+            await keys.close()
+            await ledger.close()
+            raise NoKeys(
+                f"{settings.host} can be reached from other machines, and this server has no keys to tell its users "
+                "apart: make one first (`tinkercloud keys create NAME`), or listen on 127.0.0.1 and reach it through "
+                "an SSH tunnel (ssh -L 8000:127.0.0.1:8000 HOST)"
+            )
+        service = cls(settings, ledger, keys, on_progress)
         await _each(ledger.forgive(ledger.downtime), service.sessions.complete_ends(), service.storage.sweep())
         for model in settings.models:
             await service.models.serve(model)
@@ -78,6 +96,7 @@ class Service:
         """Release waiting clients, finish the running cycles, put every run on disk, end the engines."""
         self.release()
         await self.models.stop()
+        await self.keys.close()
         await self._ledger.close()
 
     def release(self) -> None:

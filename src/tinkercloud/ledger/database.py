@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
-HEAD = "0006"
+HEAD = "0007"
 """The newest migration. Known here so that opening a database that is up to date need not import Alembic (0.3 s)."""
 
 BUSY_TIMEOUT = 30
@@ -50,6 +50,11 @@ def parse_url(text: str) -> URL:
 
 
 _RIGHT = "sqlite:////absolute/path/ledger.db or postgresql+psycopg://USER:PASSWORD@HOST/DATABASE"
+
+
+def address_in(data_dir: Path, url: str | None) -> URL:
+    """The database of a data directory; without a `url`, SQLite in it. Raises `UnusableDatabase`."""
+    return parse_url(url or f"sqlite:///{data_dir.absolute() / 'ledger.db'}")
 
 
 @contextlib.contextmanager

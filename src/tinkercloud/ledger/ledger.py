@@ -16,14 +16,16 @@ from sqlalchemy import Connection, Engine
 
 from tinkercloud.codec import encode
 from tinkercloud.engine.types import Failure
-from tinkercloud.ledger import catalog, database, entries, retention, segments, usage
+from tinkercloud.ledger import audit, catalog, database, entries, keys, retention, segments, usage
 from tinkercloud.ledger.lock import DataDirLock
 from tinkercloud.ledger.order import GAP_TIMEOUT, ModelLog
 from tinkercloud.ledger.recent import Recent
 from tinkercloud.ledger.records import (
+    AuditRecord,
     CatalogRecord,
     CheckpointRecord,
     Entry,
+    KeyRecord,
     ModelRecord,
     SamplerRecord,
     SessionRecord,
@@ -300,6 +302,24 @@ class Ledger:
 
         return await self._writer.write(catalog.prune_snapshots, (model_id, keep), then=then)
 
+    # ------------------------------------------------------------ keys, and what was done with them
+
+    async def keys(self) -> list[KeyRecord]:
+        """Every key that there ever was, oldest first."""
+        return await self._read(keys.find_all)
+
+    async def revoke_key(self, key_id: int) -> bool:
+        """Revoke a key for good; whether it was still valid."""
+        return await self._writer.write(keys.revoke_all, (key_id, self._clock()))
+
+    async def record_event(self, record: AuditRecord) -> None:
+        """Add to the audit log."""
+        await self._writer.write(audit.append, record)
+
+    async def events(self, start: float, end: float) -> list[AuditRecord]:
+        """The audit log of [start, end), oldest first."""
+        return await self._read(audit.find, start, end)
+
     # ------------------------------------------------------------ usage
 
     async def usage(self, start: float, end: float, owner: str | None = None) -> list[Usage]:
@@ -428,7 +448,7 @@ def _open(data_dir: Path, url: str | None) -> tuple[DataDirLock, Engine, segment
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = DataDirLock(data_dir)
     try:
-        address = database.parse_url(url or f"sqlite:///{data_dir.absolute() / 'ledger.db'}")
+        address = database.address_in(data_dir, url)
         with database.opening(address):
             engine = database.connect(address, READERS + 1)
             database.migrate(engine)

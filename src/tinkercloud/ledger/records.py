@@ -111,6 +111,48 @@ class Usage(Struct, frozen=True):
     tokens: int
 
 
+class KeyRecord(Struct, frozen=True):
+    """An API key; what the key itself is, only its user knows."""
+
+    key_id: int
+    digest: str
+    hint: str
+    """The key's first characters."""
+    owner: str
+    """The user whose everything is that is made with it."""
+    name: str
+    is_operator: bool
+    """Whether it may administer the server."""
+    created_at: float
+    project_id: str | None = None
+    """The only project that it may make sessions in."""
+    expires_at: float | None = None
+    revoked_at: float | None = None
+    max_models: int | None = None
+    """Training runs that its owner may have in sessions that are alive."""
+    max_storage_bytes: int | None = None
+    """Bytes of its owner's checkpoints."""
+    max_daily_tokens: int | None = None
+    """Tokens, of every kind, that its owner may use in a day (UTC)."""
+
+
+AuditResource = Literal["checkpoints", "projects", "teams", "organizations"]
+"""What the SDK's `get_audit_log` tells events apart by; keys and what else is the server's are the organization's."""
+
+
+class AuditRecord(Struct, frozen=True):
+    """Something that somebody did."""
+
+    at: float
+    actor: str
+    """The user, or the operating system's, of a command on the server's machine."""
+    key_id: int | None
+    event: str
+    """`<resource>_<action>`, as in the SDK's `AuditLogEntry`."""
+    resource: AuditResource
+    details: dict[str, Any] = {}
+
+
 CatalogRecord = SessionRecord | ModelRecord | SamplerRecord | CheckpointRecord | SnapshotRecord
 
 

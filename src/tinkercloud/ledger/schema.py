@@ -167,6 +167,40 @@ usage = Table(
 )
 """Tokens by owner and hour (`records.Usage`)."""
 
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("key_id", Integer, primary_key=True),
+    Column("digest", String, nullable=False),
+    Column("hint", String, nullable=False),
+    Column("owner", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("is_operator", Boolean, nullable=False),
+    Column("project_id", String),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("revoked_at", Float),
+    Column("max_models", Integer),
+    Column("max_storage_bytes", BigInteger),
+    Column("max_daily_tokens", BigInteger),
+    Index(None, "digest", unique=True),
+)
+"""Rows stay for ever: what was made with a key outlives it, and a server that had keys does without none again."""
+
+audit_log = Table(
+    "audit_log",
+    metadata,
+    Column("audit_id", Integer, primary_key=True),
+    Column("at", Float, nullable=False),
+    Column("actor", String, nullable=False),
+    Column("key_id", Integer),
+    Column("event", String, nullable=False),
+    Column("resource", String, nullable=False),
+    Column("details", _JSON, nullable=False),
+    Index(None, "at"),
+)
+"""Rows are only ever added."""
+
 small_blobs = Table(
     "small_blobs",
     metadata,
