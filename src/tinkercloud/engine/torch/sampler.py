@@ -226,7 +226,7 @@ class TorchSampler:
         first = 0
         for sequence, count in turns:
             start, sequence.cached = sequence.cached, sequence.cached + count
-            if not sequence.request.prompt_scored:
+            if not sequence.request.scores.complete:
                 self._score_prompt(sequence.request, start, hidden[first : first + count])
             first += count
             if sequence.cached == sequence.num_tokens:
@@ -272,22 +272,12 @@ class TorchSampler:
                     del self._requests[request.operation.request_id]
 
     def _score_prompt(self, request: Request, start: int, hidden: Tensor) -> None:
-        """Fill in the log-probabilities of the prompt's tokens after positions start, start + 1, ... [n, H]."""
-        prompt = request.prompt
-        count = min(len(hidden), len(prompt) - 1 - start)
-        wanted = request.operation.topk_prompt_logprobs
-        for begin in range(0, count, self._logit_rows):
-            rows = hidden[begin : min(begin + self._logit_rows, count)]
-            logits = self._model.logits(rows, _segments([(request.sampler, len(rows))]))
-            distribution = logits.log_softmax(-1)
-            scored = slice(start + begin + 1, start + begin + 1 + len(rows))
-            targets = torch.tensor(prompt[scored], device=hidden.device)
-            request.prompt_logprobs[scored] = distribution.gather(-1, targets[:, None])[:, 0].cpu().numpy()
-            if wanted:
-                request.prompt_top.token_ids[scored], request.prompt_top.logprobs[scored] = top_logprobs(
-                    distribution, wanted
-                )
-        request.prompt_scored = start + len(hidden) >= len(prompt)
+        """Take the hidden states [n, H] of a prompt's positions start, start + 1, ... into its scores."""
+
+        def logits_of(rows: Tensor) -> Tensor:
+            return self._model.logits(rows, _segments([(request.sampler, len(rows))]))
+
+        request.scores.take(start, hidden, logits_of, self._logit_rows)
 
     def _fail(self, request: Request, failure: Failure) -> None:
         self._batch.remove(request)

@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from tinkercloud.engine.torch.lora import AdapterWeights
-from tinkercloud.engine.torch.sampling import random_stream, without_distribution
+from tinkercloud.engine.torch.prompt_scoring import PromptScores
+from tinkercloud.engine.torch.sampling import random_stream
 from tinkercloud.engine.torch.stopping import StopCondition
 from tinkercloud.engine.types import Sample, SampledSequence, SampleOutput, TopLogprobs
 
@@ -33,10 +34,7 @@ class Request:
         self.stop = stop
         self.prompt: list[int] = operation.prompt.tolist()
         self.sequences = [Sequence(self, index) for index in range(operation.num_samples)]
-        self.prompt_scored = not (operation.prompt_logprobs or operation.topk_prompt_logprobs)
-        """Whether the prompt's log-probabilities are complete, or were not asked for."""
-        self.prompt_logprobs = np.full(len(self.prompt), np.nan, dtype=np.float32)
-        self.prompt_top = without_distribution(len(self.prompt), operation.topk_prompt_logprobs)
+        self.scores = PromptScores(operation)
 
     @property
     def records_untempered(self) -> bool:
@@ -51,8 +49,8 @@ class Request:
         """The result, once finished."""
         return SampleOutput(
             sequences=tuple(sequence.output() for sequence in self.sequences),
-            prompt_logprobs=self.prompt_logprobs if self.operation.prompt_logprobs else None,
-            prompt_top_logprobs=self.prompt_top if self.operation.topk_prompt_logprobs else None,
+            prompt_logprobs=self.scores.logprobs,
+            prompt_top_logprobs=self.scores.top,
         )
 
 
