@@ -195,6 +195,11 @@ class Settings(PerModel, BaseSettings):
         description="Run custom losses made with `create_custom_loss` here, in one pass instead of two. Without it the "
         "SDK runs them itself.",
     )
+    raw_sample_logprobs: bool = Field(
+        False,
+        description="Answer samples with the raw model's log-probabilities, at temperature 1, instead of those of the "
+        "distribution at the request's temperature; `topk_sample_logprobs` too. See sampling.md.",
+    )
     max_body_bytes: ByteSize = Field(64 * MIB, gt=0, description="Largest request body, as it is sent.")
     max_decompressed_bytes: ByteSize = Field(256 * MIB, gt=0, description="Largest request body, decompressed.")
     max_bodies_bytes: ByteSize = Field(

@@ -12,12 +12,13 @@ from tests.serving import Server
 from tinkercloud.nano import FOLDER
 
 MODEL = "me/small"
-LIMITS = {
+SETTINGS = {
     "poll_seconds": 1,
     "max_body_bytes": 100_000,
     "max_decompressed_bytes": 1_000_000,
     "max_bodies_bytes": 180_000,
     "inline_result_bytes": 2000,
+    "raw_sample_logprobs": "true",
     "activation_bytes": 7_400_000,  # for some 420 tokens, of 512 in the context
 }
 
@@ -25,7 +26,7 @@ LIMITS = {
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """The embedded model's folder under another name, which no hub has."""
-    options = [part for name, value in LIMITS.items() for part in ("--set", f"{name}={value}")]
+    options = [part for name, value in SETTINGS.items() for part in ("--set", f"{name}={value}")]
     data_dir = tmp_path_factory.mktemp("api") / "data"
     with Server(data_dir, "--model", f"{MODEL}={FOLDER}", "--max-context", "512", "--max-rank", "16", *options) as up:
         yield up

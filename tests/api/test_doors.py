@@ -7,7 +7,7 @@ import httpx
 import pytest
 import zstandard
 
-from tests.api.conftest import LIMITS
+from tests.api.conftest import SETTINGS
 from tests.serving import Server
 from tinkercloud.api.doors import HostCheck
 from tinkercloud.api.wire.answers import Json
@@ -90,7 +90,7 @@ class Sending:
 
 def test_more_bodies_than_may_be_in_hand_are_told_to_come_again(server):
     """And are read to their ends, so that their senders see the answer; small ones and what came before are served."""
-    limit = LIMITS["max_bodies_bytes"]
+    limit = SETTINGS["max_bodies_bytes"]
     first = Sending(server, 90_000)
     second = Sending(server, limit - 90_000)
     refused = Sending(server, 70_000).answer()
@@ -111,7 +111,7 @@ def test_bodies_count_as_decompressed_and_without_an_announcement(server):
     assert send(bomb, **{"content-encoding": "zstd"}) == 429
     assert "200 OK" in in_hand.answer()
     assert send(bomb, **{"content-encoding": "zstd"}) == 200, "one alone is always served"
-    others = [Sending(server, 90_000), Sending(server, LIMITS["max_bodies_bytes"] - 100_000)]
+    others = [Sending(server, 90_000), Sending(server, SETTINGS["max_bodies_bytes"] - 100_000)]
     assert send(iter([b" " * 40_000] * 2 + [b"{}"])) == 429
     assert ["200 OK" in other.answer() for other in others] == [True, True]
     assert send(iter([b" " * 40_000] * 2 + [b"{}"])) == 200

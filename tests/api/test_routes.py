@@ -201,6 +201,19 @@ def test_a_sample_in_both_forms(run, sampler):
     assert asample(run, sampling_session_id=sampler, seq_id=0)["request_id"] == future["request_id"]
 
 
+def test_raw_logprobs_of_samples_where_the_server_is_set_so(run, sampler):
+    """At any temperature those of a prompt that ends with the sample."""
+    cold = {"max_tokens": 4, "seed": 7, "stop": [], "temperature": 0.4}
+    future = asample(run, sampling_session_id=sampler, seq_id=0, sampling_params=cold, topk_sample_logprobs=2)
+    (drawn,) = run.result(future["request_id"])["sequences"]
+    prompt = {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3, *drawn["tokens"]]}]}
+    wanted = dict(prompt=prompt, prompt_logprobs=True, topk_prompt_logprobs=2)
+    future = asample(run, sampling_session_id=sampler, seq_id=1, **wanted)
+    scored = run.result(future["request_id"])
+    np.testing.assert_allclose(drawn["logprobs"], scored["prompt_logprobs"][3:], atol=1e-5)
+    np.testing.assert_allclose(drawn["topk_logprobs"], scored["topk_prompt_logprobs"][3:], atol=1e-5)
+
+
 def test_a_sample_without_a_sampling_session(run, sampler):
     named = run.result(asample(run, base_model=MODEL)["request_id"])
     bound = run.result(asample(run, sampling_session_id=sampler, seq_id=1)["request_id"])

@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 from tinker import types
+from tinker.lib.public_interfaces.sampling_client import _tensor_data_to_model
 
 from tests.api.test_datums import INFO
 from tinkercloud.api.validate import (
@@ -139,6 +141,37 @@ def sample(prompt=(1, 2), **given):
     return sample_from(wire.Sample(prompt=wire.ModelInput(chunks=chunks), sampling_params=params, **given), "s", INFO)
 
 
+def targets(**given) -> wire.TensorData:
+    """For a prompt of two tokens."""
+    return wire.TensorData(**{"data": [3, 4], "dtype": "int64", "shape": [1, 2], **given})
+
+
+def csr(shape, crow, col) -> wire.TensorData:
+    return targets(shape=shape, sparse_crow_indices=crow, sparse_col_indices=col)
+
+
+def test_targets_keep_their_layout():
+    """As the SDK sends them."""
+    ids = torch.full((3, 9), -1)
+    ids[1, 4], ids[2, 0], ids[2, 8] = 7, 0, 99
+    prompt = (1, 2, 3, 4)
+    for tensor in (types.TensorData.from_torch(ids), types.TensorData.from_torch_sparse(ids, pad_value=-1)):
+        read = as_request(wire.TensorData, _tensor_data_to_model(tensor).model_dump(mode="json"))
+        asked = sample(prompt, target_prompt_logprobs=read).target_prompt_logprobs
+        assert asked.shape == (3, 9) and asked.values.dtype == np.int64
+        assert asked.values.tolist() == (ids.ravel().tolist() if asked.row_ends is None else [7, 0, 99])
+        if asked.row_ends is not None:
+            assert (asked.row_ends.tolist(), asked.columns.tolist()) == ([0, 0, 1, 3], [4, 0, 8])
+    assert asked.row_ends is not None, "the second one is sparse"
+
+
+def test_the_options_of_a_prompt():
+    operation = sample((1, 2, 3), prompt_alt_tokens_k=4, prompt_logprobs=True, prompt_logprobs_last_n=2)
+    assert (operation.prompt_alt_tokens_k, operation.prompt_logprobs_last_n) == (4, 2)
+    plain = sample((1, 2, 3))
+    assert (plain.prompt_alt_tokens_k, plain.prompt_logprobs_last_n, plain.target_prompt_logprobs) == (0, None, None)
+
+
 def test_defaults_of_sampling():
     operation = sample()
     assert operation.prompt.tolist() == [1, 2] and operation.prompt.dtype == np.int32
@@ -188,9 +221,30 @@ def test_values_at_their_edges():
         ({"stop": [100]}, "stop: token id 100 is outside"),
         ({"stop": [2**70]}, "stop: "),
         ({"stop": ["x"] * 65}, "stop has 65 entries"),
-        ({"target_prompt_logprobs": {"data": []}}, "does not serve target_prompt_logprobs yet"),
-        ({"prompt_alt_tokens_k": 2}, "does not serve prompt_alt_tokens_k yet"),
-        ({"prompt_logprobs_last_n": 1}, "does not serve prompt_logprobs_last_n yet"),
+        ({"prompt_alt_tokens_k": -1}, "prompt_alt_tokens_k must be 0 to 256, not -1"),
+        ({"prompt_alt_tokens_k": 257}, "prompt_alt_tokens_k must be 0 to 256"),
+        ({"prompt_logprobs_last_n": 1}, "prompt_logprobs_last_n .* set prompt_logprobs too"),
+        (
+            {"prompt_logprobs_last_n": 0, "prompt_logprobs": True},
+            "prompt_logprobs_last_n is 0; of a prompt of 2 tokens the last 1 to 1",
+        ),
+        ({"prompt_logprobs_last_n": 2, "prompt_logprobs": True}, "prompt_logprobs_last_n is 2; of a prompt of 2"),
+        ({"target_prompt_logprobs": targets(dtype="float32")}, "target_prompt_logprobs must be int64, not float32"),
+        ({"target_prompt_logprobs": targets(shape=None)}, "must have two dimensions, not the shape .2."),
+        ({"target_prompt_logprobs": targets(shape=[2])}, "must have two dimensions"),
+        ({"target_prompt_logprobs": targets(shape=[1, 3])}, r"shape \[1, 3\] does not fit its 2 values"),
+        ({"target_prompt_logprobs": targets(shape=[2, 1])}, r"must have the shape \[1, K\], .* not \[2, 1\]"),
+        ({"target_prompt_logprobs": targets(data=[], shape=[1, 0])}, r"must have the shape \[1, K\]"),
+        ({"target_prompt_logprobs": targets(data=[-1, -1])}, "names no token id, only -1"),
+        ({"target_prompt_logprobs": targets(data=[1, -2])}, "target_prompt_logprobs: token id -2 is outside"),
+        ({"target_prompt_logprobs": targets(data=[1, 100])}, "target_prompt_logprobs: token id 100 is outside"),
+        ({"target_prompt_logprobs": targets(data=[1, 0.5])}, "a flat list of integers"),
+        ({"target_prompt_logprobs": targets(data=[1, 2**70])}, "a flat list of integers"),
+        ({"target_prompt_logprobs": csr([1, 10**30], [0, 2], [0, 1])}, r"must have the shape \[1, K\]"),
+        ({"target_prompt_logprobs": csr([1, 9], [0, 1], [0, 1])}, "sparse_crow_indices must be 2 ascending numbers"),
+        ({"target_prompt_logprobs": csr([1, 9], [0, 2], [1, 1])}, "must ascend, each once"),
+        ({"target_prompt_logprobs": csr([1, 9], [0, 2], None)}, "sparse_col_indices must be 2 columns"),
+        ({"target_prompt_logprobs": targets(data=[1] * (2**22 + 1))}, "has 4194305 cells; at most 4194304"),
     ],
 )
 def test_wrong_sampling_is_refused(given, says):

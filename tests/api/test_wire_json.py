@@ -15,13 +15,13 @@ from tinker.types._pydantic_types import forward_backward_input as sdk_batch
 from tinker.types._pydantic_types import tensor_data as sdk_tensor
 from tinker.types.sampling_params import SamplingParams as SdkSamplingParams
 
-from tests.api.test_wire_protobuf import PROVENANCE, SPANS, sampled, sent
+from tests.api.test_wire_protobuf import PROVENANCE, SPANS, SPARSE, sampled, sent
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.answers import Json, iso, text_metadata
 from tinkercloud.api.wire.json_arrays import batch_from
 from tinkercloud.api.wire.reading import as_request
 from tinkercloud.api.wire.results import as_json
-from tinkercloud.engine.types import Failure, LossOutput, StepOutput
+from tinkercloud.engine.types import Failure, LossOutput, SampleOutput, StepOutput
 from tinkercloud.errors import InvalidRequest
 from tinkercloud.ledger import records
 
@@ -271,6 +271,15 @@ def test_losses_and_samples_in_json_for_older_sdks():
     assert sample["sequences"][0]["tokens"] == [3, 4]
     assert sample["prompt_logprobs"] == [None, -3.5]
     assert sample["topk_prompt_logprobs"] == [None, [(5, -0.5), (6, -1.5)]]
+    assert sample["target_prompt_logprobs"] == {"data": [-1.5, 0], "dtype": "float32", "shape": [1, 2]}
+    assert sample["prompt_alt_tokens"] == {
+        "tokens": {"data": [7, 8], "dtype": "int64", "shape": [1, 2]},
+        "logprobs": {"data": [-2.5, -3.5], "dtype": "float32", "shape": [1, 2]},
+    }
+    sparse = as_json(SampleOutput(sequences=(), target_prompt_logprobs=SPARSE))["target_prompt_logprobs"]
+    read = sdk_tensor.TensorData.model_validate(sparse)
+    assert (read.data, read.shape, read.sparse_crow_indices) == ([-1, -2, -3], [3, 9], [0, 0, 1, 3])
+    assert read.sparse_col_indices == [4, 0, 8]
 
 
 def test_any_answer_can_be_written():

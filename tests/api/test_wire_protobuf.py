@@ -14,7 +14,7 @@ from tinker.proto.response_conv import deserialize_proto_response
 from tinkercloud.api.wire.body import Unreadable
 from tinkercloud.api.wire.protobuf import batch_from, encode_loss, encode_sample, parse_forward_backward
 from tinkercloud.control.stability import Provenance, Span
-from tinkercloud.engine.types import LossOutput, SampledSequence, SampleOutput, TopLogprobs
+from tinkercloud.engine.types import AltTokens, LossOutput, Matrix, SampledSequence, SampleOutput, TopLogprobs
 from tinkercloud.errors import InvalidRequest
 
 DENSE_BYTES = 2**20
@@ -194,6 +194,9 @@ def test_the_sdk_reads_losses_of_any_mixture_of_shapes(shapes, seed):
             np.testing.assert_array_equal(got[name].to_numpy(), array)
 
 
+ALTERNATIVES = AltTokens(np.array([[7, 8]], np.int32), np.array([[-2.5, -3.5]], np.float32))
+
+
 def sampled(top: bool = True) -> SampleOutput:
     tops = TopLogprobs(np.array([[0, 0], [5, 6]], np.int32), np.array([[-99999, -99999], [-0.5, -1.5]], np.float32))
     return SampleOutput(
@@ -206,6 +209,8 @@ def sampled(top: bool = True) -> SampleOutput:
         prompt_logprobs=np.array([np.nan, -3.5], np.float32),
         prompt_top_logprobs=tops if top else None,
         prompt_cache_hit_tokens=16,
+        target_prompt_logprobs=Matrix(np.array([-1.5, 0], np.float32), (1, 2)) if top else None,
+        prompt_alt_tokens=ALTERNATIVES if top else None,
     )
 
 
@@ -218,9 +223,28 @@ def test_the_sdk_reads_samples():
     assert read.prompt_logprobs == [None, -3.5]
     assert read.topk_prompt_logprobs == [None, [(5, -0.5), (6, -1.5)]]
     assert read.prompt_cache_hit_tokens == 16
+    assert read.target_prompt_logprobs.dtype == "float32" and read.target_prompt_logprobs.tolist() == [[-1.5, 0]]
+    assert read.prompt_alt_tokens.tokens.dtype == "int64" and read.prompt_alt_tokens.tokens.tolist() == [[7, 8]]
+    assert read.prompt_alt_tokens.logprobs.tolist() == [[-2.5, -3.5]]
+
+
+SPARSE = Matrix(np.array([-1, -2, -3], np.float32), (3, 9), np.array([0, 0, 1, 3]), np.array([4, 0, 8]))
+NONE = AltTokens(np.zeros((0, 2), np.int32), np.zeros((0, 2), np.float32))
+
+
+def test_the_sdk_reads_sparse_targets_and_the_alternatives_of_a_single_token():
+    result = SampleOutput(sequences=sampled().sequences, target_prompt_logprobs=SPARSE, prompt_alt_tokens=NONE)
+    read = deserialize_proto_response(encode_sample(result), types.SampleResponse)
+    tensor = read.target_prompt_logprobs
+    assert (tensor.sparse_crow_indices, tensor.sparse_col_indices) == ([0, 0, 1, 3], [4, 0, 8])
+    expected = np.zeros((3, 9))
+    expected[1, 4], expected[2, 0], expected[2, 8] = -1, -2, -3
+    np.testing.assert_array_equal(tensor.to_numpy(), expected)
+    assert read.prompt_alt_tokens.tokens.shape == read.prompt_alt_tokens.logprobs.shape == [0, 2]
 
 
 def test_what_was_not_asked_for_is_absent():
     plain = SampleOutput(sequences=sampled(top=False).sequences)
     read = deserialize_proto_response(encode_sample(plain), types.SampleResponse)
     assert read.prompt_logprobs is None and read.topk_prompt_logprobs is None
+    assert read.target_prompt_logprobs is None and read.prompt_alt_tokens is None

@@ -12,14 +12,18 @@ from tinkercloud.errors import InvalidRequest
 F = np.float32
 
 
-def record(prompt: list[int], tokens: list[int], shift: float) -> SequenceRecord:
-    logprobs = np.array([-shift - i for i in range(len(tokens))], F)
-    sequence = SampledSequence(np.array(tokens, np.int32), logprobs, "stop", policy_logprobs=logprobs - F(0.5))
+def record(prompt: list[int], tokens: list[int], shift: float, raw: bool = False) -> SequenceRecord:
+    drawing = np.array([-shift - i for i in range(len(tokens))], F)
+    policy = drawing - F(0.5)
+    sequence = SampledSequence(np.array(tokens, np.int32), drawing, "stop", policy_logprobs=policy)
+    if raw:
+        sequence = replace(sequence, logprobs=policy, drawing_logprobs=drawing)
     return SequenceRecord(np.array(prompt, np.int32), sequence)
 
 
-RECORDS = {"a": record([1, 2, 3], [4, 5], 1), "b": record([1, 2, 3, 4, 5, 6], [7, 8], 10)}
-"""Two turns of a conversation: the second one's prompt holds the first, and one token more."""
+RECORDS = {"a": record([1, 2, 3], [4, 5], 1), "b": record([1, 2, 3, 4, 5, 6], [7, 8], 10, raw=True)}
+"""Two turns of a conversation: the second one's prompt holds the first, and one token more. It was answered with raw
+log-probabilities."""
 
 
 def prompt(name: str, offset: int, length: int) -> Span:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.engine.counting import fits
 from tests.engine.sampler_requests import prompt_of, run, sample
+from tests.engine.test_sampling import reference_probabilities
 from tinkercloud.engine.types import (
     Done,
     OpenSampler,
@@ -115,11 +117,51 @@ def test_prompt_logprobs_are_the_raw_models(logits_bytes, small_chunks, sampler_
 
 
 def test_samples_are_spread_as_the_model_says(sampler_of, reference):
-    """Chi-square of the first tokens of 1,000 samples, most of them wide apart in the queue."""
-    request = sample("r", prompt_of(3, 20), num_samples=1000, max_tokens=1, temperature=0.8, top_k=6)
-    tokens = [int(sequence.tokens[0]) for sequence in run(sampler_of("qwen3"), request)["r"].sequences]
-    values, ids = (full_logits(reference("qwen3"), request.prompt)[-1] / 0.8).topk(6)
-    expected = values.softmax(-1).numpy() * 1000
-    observed = np.array([tokens.count(token) for token in ids.tolist()])
-    assert observed.sum() == 1000
-    assert ((observed - expected) ** 2 / expected).sum() < 30  # 5 degrees of freedom: p = 1.5e-5
+    """Chi-square of the first tokens of 400 samples of each request, most of them wide apart in the queue."""
+    ways = ({"temperature": 0.8, "top_k": 6}, {"temperature": 1.4, "top_p": 0.7}, {"temperature": 0.5})
+    requests = [sample(f"r{i}", prompt_of(3, 20), num_samples=400, max_tokens=1, **way) for i, way in enumerate(ways)]
+    results = run(sampler_of("qwen3"), *requests)
+    logits = full_logits(reference("qwen3"), requests[0].prompt)[-1]
+    for request in requests:
+        tokens = [int(sequence.tokens[0]) for sequence in results[request.request_id].sequences]
+        expected = 400 * reference_probabilities(logits, request.params).numpy()
+        observed = np.bincount(tokens, minlength=len(expected))
+        assert observed[expected == 0].sum() == 0
+        assert fits(observed[expected > 0], expected[expected > 0]), request.params
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.8, 1.3, 1.8])
+def test_a_temperature_scales_the_differences_of_logprobs(temperature, sampler_of):
+    """log p_T(i) - log p_T(j) = (log p_1(i) - log p_1(j)) / T of sampled tokens, p_1 being the prompt's scores."""
+    sampler = sampler_of("qwen3")
+    request = sample("r", prompt_of(7, 15), num_samples=60, max_tokens=1, temperature=temperature, seed=3)
+    drawn = {int(one.tokens[0]): one.logprobs[0] for one in run(sampler, request)["r"].sequences}
+    assert len(drawn) > 5
+    prompts = {token: np.append(request.prompt, token).astype(np.int32) for token in drawn}
+    scored = run(
+        sampler, *(sample(f"{t}", prompt, max_tokens=1, prompt_logprobs=True) for t, prompt in prompts.items())
+    )
+    plain = {token: scored[f"{token}"].prompt_logprobs[-1] for token in drawn}
+    for i in drawn:
+        for j in drawn:
+            assert abs((drawn[i] - drawn[j]) - (plain[i] - plain[j]) / temperature) < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0, 1.7])
+@pytest.mark.parametrize("record", [False, True])
+def test_raw_logprobs_are_the_raw_models_at_any_temperature(temperature, record, sampler_of, reference):
+    """Beside a request with tempered ones, which draws the same tokens; a record keeps both."""
+    options = dict(temperature=temperature, top_k=20, seed=4, topk_sample_logprobs=3, num_samples=2)
+    raw = sample("raw", prompt_of(8, 9), raw_logprobs=True, record_stability_info=record, **options)
+    results = run(sampler_of("qwen3"), raw, sample("tempered", prompt_of(8, 9), **options))
+    for one, other in zip(results["raw"].sequences, results["tempered"].sequences, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        rows = full_logits(reference("qwen3"), np.concatenate([raw.prompt, one.tokens]))[8:-1].log_softmax(-1)
+        chosen = rows.gather(-1, torch.from_numpy(one.tokens.astype(np.int64))[:, None])[:, 0]
+        np.testing.assert_allclose(one.logprobs, chosen, atol=1e-5)
+        np.testing.assert_allclose(one.top_logprobs.logprobs, rows.topk(3).values, atol=1e-5)
+        if record:
+            np.testing.assert_array_equal(one.policy_logprobs, one.logprobs)
+            np.testing.assert_array_equal(one.drawing_logprobs, other.logprobs)
+        else:
+            assert one.policy_logprobs is None and one.drawing_logprobs is None

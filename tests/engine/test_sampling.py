@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from tests.engine.counting import fits
 from tinkercloud.engine.torch.sampling import check_params, draw, random_stream, top_logprobs
 from tinkercloud.engine.types import OperationError, SamplingParams
 
@@ -55,11 +56,7 @@ def test_draws_follow_the_distribution():
         expected = reference_probabilities(LOGITS, params) * draws
         possible = expected > 0
         assert observed[~possible].sum() == 0, params
-        chi_square = ((observed - expected)[possible] ** 2 / expected[possible]).sum().item()
-        freedom = int(possible.sum()) - 1
-        # Wilson-Hilferty: the cube root is nearly normal; 5 standard deviations.
-        limit = max(freedom, 1) * (1 - 2 / (9 * max(freedom, 1)) + 5 * math.sqrt(2 / (9 * max(freedom, 1)))) ** 3
-        assert chi_square < limit, (params, chi_square)
+        assert fits(observed[possible].numpy(), expected[possible].numpy()), params
 
 
 def test_logprobs_are_of_the_tempered_distribution_before_filters():

@@ -10,6 +10,7 @@ from tinkercloud.api.auth import Owner
 from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.validate import sample_from
 from tinkercloud.api.wire import json as wire
+from tinkercloud.api.wire.body import off_loop
 from tinkercloud.api.wire.reading import read
 from tinkercloud.control.stability import sequence_id
 from tinkercloud.errors import InvalidRequest
@@ -55,7 +56,10 @@ async def asample(request: Request, service: ServiceOf, owner: Owner) -> dict[st
         sampler = await service.samplers.unbound(owner, given.base_model, given.model_path)
     else:
         raise InvalidRequest("send sampling_session_id, model_path or base_model: there is nothing to sample from")
-    operation = sample_from(given, sampler.sampler_id, await service.models.last_info(sampler.base_model))
+    info = await service.models.last_info(sampler.base_model)
+    raw = request.app.state.settings.raw_sample_logprobs
+    ids = len(given.target_prompt_logprobs.data) if given.target_prompt_logprobs is not None else 0
+    operation = await off_loop(8 * ids, sample_from, given, sampler.sampler_id, info, raw)
     seq_id = given.seq_id if given.sampling_session_id is not None else None
     entry = await service.samplers.sample(sampler, seq_id, operation)
     sequence_ids = [sequence_id(entry.request_id, number) for number in range(operation.num_samples)]

@@ -8,12 +8,13 @@ import secrets
 import numpy as np
 
 from tinkercloud.api.wire import json as wire
-from tinkercloud.api.wire.json_arrays import integers, tokens_from
+from tinkercloud.api.wire.json_arrays import integer_matrix, integers, tokens_from
 from tinkercloud.engine.types import (
     AdamParams,
     BaseModelInfo,
     DimuonParams,
     LoraConfig,
+    Matrix,
     OptimizerFamily,
     OptimizerParams,
     SamplingParams,
@@ -29,6 +30,10 @@ MAX_SAMPLES = 1024
 """Most continuations in one request."""
 MAX_TOP_LOGPROBS = 256
 """Most alternatives reported for a position."""
+MAX_TARGETS = 2**22
+"""Most cells of a request's `target_prompt_logprobs`."""
+MAX_COLUMNS = 2**31
+"""Columns of a sparse matrix are fewer."""
 MAX_STOPS = 64
 """Most stop sequences in one request."""
 SEEDS = 2**63 - 1
@@ -111,9 +116,10 @@ def check_name(name: str | None, ttl_seconds: int | None) -> None:
         )
 
 
-def sample_from(given: wire.Sample, sampler_id: str, info: BaseModelInfo) -> SampleOperation:
-    """The sampling operation. Its request id is the ledger's to give."""
-    _check_unserved(given)
+def sample_from(
+    given: wire.Sample, sampler_id: str, info: BaseModelInfo, raw_logprobs: bool = False
+) -> SampleOperation:
+    """The sampling operation. Its request id is the ledger's to give; `raw_logprobs` is as in `engine.types.Sample`."""
     prompt = tokens_from(given.prompt, "prompt")
     if not len(prompt):
         raise InvalidRequest("prompt is empty; send at least one token")
@@ -121,6 +127,8 @@ def sample_from(given: wire.Sample, sampler_id: str, info: BaseModelInfo) -> Sam
     _between("num_samples", given.num_samples, 1, MAX_SAMPLES)
     _between("topk_prompt_logprobs", given.topk_prompt_logprobs, 0, min(MAX_TOP_LOGPROBS, info.vocab_size))
     _between("topk_sample_logprobs", given.topk_sample_logprobs, 0, min(MAX_TOP_LOGPROBS, info.vocab_size))
+    _between("prompt_alt_tokens_k", given.prompt_alt_tokens_k, 0, MAX_TOP_LOGPROBS)
+    _check_last(given, len(prompt))
     return SampleOperation(
         request_id="",
         sampler_id=sampler_id,
@@ -131,17 +139,44 @@ def sample_from(given: wire.Sample, sampler_id: str, info: BaseModelInfo) -> Sam
         topk_prompt_logprobs=given.topk_prompt_logprobs,
         topk_sample_logprobs=given.topk_sample_logprobs,
         record_stability_info=bool(given.record_stability_info),
+        target_prompt_logprobs=_targets(given.target_prompt_logprobs, len(prompt), info),
+        prompt_alt_tokens_k=given.prompt_alt_tokens_k,
+        prompt_logprobs_last_n=given.prompt_logprobs_last_n,
+        raw_logprobs=raw_logprobs,
     )
 
 
-def _check_unserved(given: wire.Sample) -> None:
-    unserved = {
-        "target_prompt_logprobs": given.target_prompt_logprobs is not None,
-        "prompt_alt_tokens_k": given.prompt_alt_tokens_k != 0,
-        "prompt_logprobs_last_n": given.prompt_logprobs_last_n is not None,
-    }
-    if used := [name for name, asked in unserved.items() if asked]:
-        raise InvalidRequest(f"this server does not serve {', '.join(used)} yet; leave it out")
+def _check_last(given: wire.Sample, prompt_tokens: int) -> None:
+    last = given.prompt_logprobs_last_n
+    if last is None:
+        return
+    if not given.prompt_logprobs:
+        raise InvalidRequest("prompt_logprobs_last_n says how many prompt_logprobs to compute; set prompt_logprobs too")
+    if not 1 <= last <= prompt_tokens - 1:
+        raise InvalidRequest(
+            f"prompt_logprobs_last_n is {last}; of a prompt of {prompt_tokens} tokens the last 1 to "
+            f"{prompt_tokens - 1} can be scored, for the first has nothing before it"
+        )
+
+
+def _targets(given: wire.TensorData | None, prompt_tokens: int, info: BaseModelInfo) -> Matrix | None:
+    if given is None:
+        return None
+    where = "target_prompt_logprobs"
+    if len(given.data) > MAX_TARGETS:
+        raise InvalidRequest(f"{where} has {len(given.data)} cells; at most {MAX_TARGETS} are served")
+    matrix = integer_matrix(given, where)
+    rows, columns = matrix.shape
+    if rows != prompt_tokens - 1 or not 1 <= columns < MAX_COLUMNS:
+        raise InvalidRequest(
+            f"{where} must have the shape [{prompt_tokens - 1}, K], a row for each token of the prompt after the "
+            f"first, not {[rows, columns]!s:.200}"
+        )
+    named = matrix.values[matrix.values != -1]
+    if not len(named):
+        raise InvalidRequest(f"{where} names no token id, only -1, which asks for nothing; leave it out")
+    _check_vocabulary(named, info, where)
+    return matrix
 
 
 def _sampling_params(given: wire.SamplingParams, prompt_tokens: int, info: BaseModelInfo) -> SamplingParams:

@@ -137,7 +137,8 @@ def joined(datum: Datum, provenance: Provenance | None, records: Records) -> Dat
         if span.sampled and span.length:
             place, run = slice(start, start + span.length), slice(span.offset, span.offset + span.length)
             sequence = records[span.sequence_id].sequence
-            recorded["logprobs"][place] = sequence.logprobs[run]
+            drawing = sequence.logprobs if sequence.drawing_logprobs is None else sequence.drawing_logprobs
+            recorded["logprobs"][place] = drawing[run]
             recorded["policy_logprobs"][place] = sequence.policy_logprobs[run]
             recorded["sampled"][place] = 1
         start += span.length

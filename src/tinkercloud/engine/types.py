@@ -106,6 +106,25 @@ class SamplingParams(Struct, frozen=True):
     """Ids that end a sequence. The API puts the model's end-of-sequence ids here when the client gave no `stop`."""
 
 
+class Matrix(Struct, frozen=True):
+    """A matrix as its sender laid it out (SDK `types.TensorData`): dense, or only the cells that are listed (CSR)."""
+
+    values: np.ndarray
+    """[rows * columns], row by row; or [cells], of those that are listed."""
+    shape: tuple[int, int]
+    """(rows, columns)"""
+    row_ends: np.ndarray | None = None
+    """int64 [rows + 1]: the listed cells of row i are those from row_ends[i] to row_ends[i + 1]. None is dense."""
+    columns: np.ndarray | None = None
+    """int64 [cells]: where in its row each is."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64: the row of each value."""
+        counts = self.shape[1] if self.row_ends is None else np.diff(self.row_ends)
+        return np.repeat(np.arange(self.shape[0]), counts)
+
+
 # ---------------------------------------------------------------- operations of a training model, in seq_id order
 
 
@@ -213,7 +232,7 @@ class Sample(Struct, frozen=True, tag="sample"):
     """Draw `num_samples` continuations of a prompt (SDK `types.SampleRequest`). Result: `SampleOutput`.
 
     Sampled log-probabilities are those of the distribution at the request's temperature, before top-k and top-p; at
-    temperature 0, of temperature 1. Prompt log-probabilities are the raw model's.
+    temperature 0, and with `raw_logprobs` always, of temperature 1. Prompt log-probabilities are the raw model's.
     """
 
     request_id: str
@@ -227,6 +246,14 @@ class Sample(Struct, frozen=True, tag="sample"):
     topk_sample_logprobs: int = 0
     record_stability_info: bool = False
     """Whether the output has `policy_logprobs` too, which the loss stable_reinforce needs."""
+    target_prompt_logprobs: Matrix | None = None
+    """int64 token ids [N - 1, K] to score: row i at prompt position i + 1; -1 asks for nothing."""
+    prompt_alt_tokens_k: int = 0
+    """How many tokens to draw at each prompt position after the first, at the request's temperature."""
+    prompt_logprobs_last_n: int | None = None
+    """Of `prompt_logprobs`, which it needs, and `topk_prompt_logprobs`: score the last n tokens alone, 1 to N - 1."""
+    raw_logprobs: bool = False
+    """Whether sampled log-probabilities are the raw model's."""
 
     @property
     def num_tokens(self) -> int:
@@ -294,6 +321,19 @@ class SampledSequence(Struct, frozen=True):
     policy_logprobs: np.ndarray | None = None
     """float32 [n]: at temperature 1, whatever the request's. Only where it asked to record them; never sent to a
     client."""
+    drawing_logprobs: np.ndarray | None = None
+    """float32 [n]: at the request's temperature. Only where it asked to record them and for raw `logprobs`; never sent
+    to a client."""
+
+
+class AltTokens(Struct, frozen=True):
+    """Tokens drawn in the places of a prompt's own, with replacement (SDK `types.PromptAltTokens`): row i at prompt
+    position i + 1."""
+
+    token_ids: np.ndarray
+    """int32 [N - 1, k]"""
+    logprobs: np.ndarray
+    """float32 [N - 1, k], the raw model's."""
 
 
 class SampleOutput(Struct, frozen=True, tag="sampled"):
@@ -302,6 +342,9 @@ class SampleOutput(Struct, frozen=True, tag="sampled"):
     """float32 [N]; the first is NaN."""
     prompt_top_logprobs: TopLogprobs | None = None
     prompt_cache_hit_tokens: int = 0
+    target_prompt_logprobs: Matrix | None = None
+    """float32, laid out as the request's; 0 where it has -1."""
+    prompt_alt_tokens: AltTokens | None = None
 
 
 class Failure(Struct, frozen=True, tag="failure"):

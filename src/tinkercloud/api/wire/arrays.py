@@ -58,15 +58,10 @@ def shaped(values: np.ndarray, shape: Sequence[int] | None, where: str) -> np.nd
     raise InvalidRequest(f"{where}: shape {list(shape)!s:.200} does not fit its {len(values)} values")
 
 
-def dense_from_csr(
-    values: np.ndarray,
-    crow: np.ndarray,
-    col: np.ndarray,
-    shape: Sequence[int] | None,
-    budget: DenseBudget,
-    where: str,
-) -> np.ndarray:
-    """A sparse CSR matrix with zeros where nothing is listed."""
+def check_csr(
+    values: np.ndarray, crow: np.ndarray, col: np.ndarray, shape: Sequence[int] | None, where: str
+) -> tuple[int, int]:
+    """The (rows, columns) of a sparse CSR matrix that is whole: each row's columns ascend and are within it."""
     if not shape or len(shape) != 2 or min(shape) < 0:
         raise InvalidRequest(f"{where}: a sparse tensor needs a shape [rows, columns], not {list(shape or [])!s:.200}")
     rows, columns = shape
@@ -79,10 +74,24 @@ def dense_from_csr(
         raise InvalidRequest(
             f"{where}: sparse_col_indices must be {len(values)} columns, one for each value, from 0 to {columns - 1}"
         )
-    budget.take(max(rows, 1) * max(columns, 1) * values.itemsize, where)  # an empty one can have a long side, too
     row = np.repeat(np.arange(rows), counts)
-    if (np.diff(row * columns + col) <= 0).any():
+    if ((np.diff(col) <= 0) & (np.diff(row) == 0)).any():
         raise InvalidRequest(f"{where}: the columns of a row in sparse_col_indices must ascend, each once")
+    return rows, columns
+
+
+def dense_from_csr(
+    values: np.ndarray,
+    crow: np.ndarray,
+    col: np.ndarray,
+    shape: Sequence[int] | None,
+    budget: DenseBudget,
+    where: str,
+) -> np.ndarray:
+    """A sparse CSR matrix with zeros where nothing is listed."""
+    rows, columns = check_csr(values, crow, col, shape, where)
+    budget.take(max(rows, 1) * max(columns, 1) * values.itemsize, where)  # an empty one can have a long side, too
+    row = np.repeat(np.arange(rows), np.diff(crow))
     dense = np.zeros((rows, columns), values.dtype)
     dense[row, col] = values
     return dense

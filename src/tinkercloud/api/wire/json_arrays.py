@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from tinkercloud.api.wire import json as wire
-from tinkercloud.api.wire.arrays import Batch, DenseBudget, dense_from_csr, shaped
+from tinkercloud.api.wire.arrays import Batch, DenseBudget, check_csr, dense_from_csr, shaped
 from tinkercloud.api.wire.json import ForwardBackwardInput, ModelInput, TensorData
 from tinkercloud.control.stability import Provenance, Span
-from tinkercloud.engine.types import Datum
+from tinkercloud.engine.types import Datum, Matrix
 from tinkercloud.errors import InvalidRequest
 
 
@@ -70,6 +70,21 @@ def _spans(spans: list[wire.Span] | None) -> tuple[Span, ...]:
     return tuple(
         Span(place.sequence_id, place.offset, place.length, sampled) for place, sampled in places if place is not None
     )
+
+
+def integer_matrix(tensor: TensorData, where: str) -> Matrix:
+    """An int64 matrix in the layout that it has."""
+    if tensor.dtype != "int64":
+        raise InvalidRequest(f"{where} must be int64, not {tensor.dtype}")
+    values = integers(tensor.data, np.int64, where)
+    if tensor.sparse_crow_indices is not None:
+        crow = integers(tensor.sparse_crow_indices, np.int64, where)
+        col = integers(tensor.sparse_col_indices or [], np.int64, where)
+        return Matrix(values, check_csr(values, crow, col, tensor.shape, where), crow, col)
+    dense = shaped(values, tensor.shape, where)
+    if dense.ndim != 2:
+        raise InvalidRequest(f"{where} must have two dimensions, not the shape {list(dense.shape)!s:.200}")
+    return Matrix(values, dense.shape)
 
 
 def _array(tensor: TensorData, budget: DenseBudget, where: str) -> np.ndarray:

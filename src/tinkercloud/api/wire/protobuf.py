@@ -16,7 +16,7 @@ from tinker.proto import tinker_public_pb2 as pb
 from tinkercloud.api.wire.arrays import Batch, DenseBudget, dense_from_csr, from_bytes, shaped
 from tinkercloud.api.wire.body import Unreadable, find_address
 from tinkercloud.control.stability import Provenance, Span
-from tinkercloud.engine.types import Datum, LossOutput, SampleOutput, TopLogprobs
+from tinkercloud.engine.types import Datum, LossOutput, Matrix, SampleOutput, TopLogprobs
 from tinkercloud.errors import InvalidRequest
 
 _INT32, _INT64, _FLOAT32, _UINT16 = (np.dtype(name) for name in ("<i4", "<i8", "<f4", "<u2"))
@@ -151,6 +151,11 @@ def encode_sample(output: SampleOutput) -> bytes:
         message.prompt_logprobs = output.prompt_logprobs.astype(_FLOAT32, copy=False).tobytes()
     if output.prompt_top_logprobs is not None:
         _write_top(message.topk_prompt_logprobs, output.prompt_top_logprobs)
+    if output.target_prompt_logprobs is not None:
+        _write_matrix(message.target_prompt_logprobs, output.target_prompt_logprobs)
+    if output.prompt_alt_tokens is not None:
+        _write_dense(message.prompt_alt_tokens.tokens, output.prompt_alt_tokens.token_ids)
+        _write_dense(message.prompt_alt_tokens.logprobs, output.prompt_alt_tokens.logprobs)
     return message.SerializeToString()
 
 
@@ -158,3 +163,20 @@ def _write_top(message: pb.TopkLogprobs, top: TopLogprobs) -> None:
     message.length, message.k = top.token_ids.shape
     message.token_ids = top.token_ids.astype(_INT32, copy=False).tobytes()
     message.logprobs = top.logprobs.astype(_FLOAT32, copy=False).tobytes()
+
+
+def _write_dense(message: pb.Tensor, array: np.ndarray) -> None:
+    message.dtype = _DTYPE_NUMBERS[array.dtype.name]
+    message.shape.extend(array.shape)
+    message.dense = array.tobytes()
+
+
+def _write_matrix(message: pb.Tensor, matrix: Matrix) -> None:
+    if matrix.row_ends is None or matrix.columns is None:
+        _write_dense(message, matrix.values.reshape(matrix.shape))
+        return
+    message.dtype = _DTYPE_NUMBERS[matrix.values.dtype.name]
+    message.shape.extend(matrix.shape)
+    message.sparse_csr.values = matrix.values.tobytes()
+    message.sparse_csr.crow_indices = matrix.row_ends.astype(_INT64, copy=False).tobytes()
+    message.sparse_csr.col_indices = matrix.columns.astype(_INT64, copy=False).tobytes()

@@ -10,7 +10,7 @@ from fastapi import Response
 from tinkercloud.api.wire.answers import Json
 from tinkercloud.api.wire.body import PROTOBUF
 from tinkercloud.api.wire.protobuf import encode_loss, encode_sample
-from tinkercloud.engine.types import Failure, LossOutput, SampleOutput, StepOutput, TopLogprobs
+from tinkercloud.engine.types import Failure, LossOutput, Matrix, SampleOutput, StepOutput, TopLogprobs
 from tinkercloud.ledger.records import (
     ModelCreated,
     ModelUnloaded,
@@ -90,6 +90,22 @@ def _sample_json(output: SampleOutput) -> dict[str, Any]:
         answer["prompt_logprobs"] = [None if value != value else value for value in output.prompt_logprobs.tolist()]
     if output.prompt_top_logprobs is not None:
         answer["topk_prompt_logprobs"] = _top_json(output.prompt_top_logprobs)
+    if output.target_prompt_logprobs is not None:
+        answer["target_prompt_logprobs"] = _matrix_json(output.target_prompt_logprobs)
+    if output.prompt_alt_tokens is not None:
+        alternatives = output.prompt_alt_tokens
+        answer["prompt_alt_tokens"] = {
+            "tokens": _tensor_json(alternatives.token_ids),
+            "logprobs": _tensor_json(alternatives.logprobs),
+        }
+    return answer
+
+
+def _matrix_json(matrix: Matrix) -> dict[str, Any]:
+    answer = _tensor_json(matrix.values) | {"shape": list(matrix.shape)}
+    if matrix.row_ends is not None and matrix.columns is not None:
+        answer["sparse_crow_indices"] = matrix.row_ends.tolist()
+        answer["sparse_col_indices"] = matrix.columns.tolist()
     return answer
 
 

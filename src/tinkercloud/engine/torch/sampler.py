@@ -18,6 +18,7 @@ from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, 
 from tinkercloud.engine.torch.lora import AdapterWeights, LoraBatch, Segment
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.paged_attention import PagedAttention
+from tinkercloud.engine.torch.prompt_scoring import check_scoring
 from tinkercloud.engine.torch.quarantine import Quarantine
 from tinkercloud.engine.torch.sampler_memory import memory_of
 from tinkercloud.engine.torch.sampling import check_params, draw, top_logprobs
@@ -205,6 +206,7 @@ class TorchSampler:
         for name in ("topk_prompt_logprobs", "topk_sample_logprobs"):
             if not 0 <= getattr(operation, name) <= vocab:
                 raise OperationError(f"{name} is {getattr(operation, name)}; it must be 0 to {vocab}")
+        check_scoring(operation, vocab)
         return Request(operation, sampler, self._tokenizer.stop_condition(operation.params))
 
     def _advance(self, turns: list[Turn]) -> None:
@@ -243,16 +245,21 @@ class TorchSampler:
         params = [sequence.request.operation.params for sequence, _ in turns]
         uniforms = [sequence.random.random() for sequence, _ in turns]
         logits = self._model.logits(hidden, _lora(turns))
-        recording = [row for row, (sequence, _) in enumerate(turns) if sequence.request.records_untempered]
-        untempered = logits[recording].log_softmax(-1) if recording else None  # before `draw` overwrites them
+        plain = [row for row, (sequence, _) in enumerate(turns) if sequence.request.untempered]
+        untempered = logits[plain].log_softmax(-1) if plain else None  # before `draw` overwrites them
         drawn = draw(logits, params, uniforms)
-        policy_logprobs: dict[int, float] = {}
+        raw_logprobs: dict[int, float] = {}
         if untempered is not None:
-            values = untempered.gather(-1, drawn.tokens[recording, None])[:, 0]
-            policy_logprobs = dict(zip(recording, values.tolist(), strict=True))
+            values = untempered.gather(-1, drawn.tokens[plain, None])[:, 0]
+            raw_logprobs = dict(zip(plain, values.tolist(), strict=True))
         most = max(sequence.request.operation.topk_sample_logprobs for sequence, _ in turns)
         if most:
-            top_ids, top_values = top_logprobs(drawn.distribution, most)
+            distribution = drawn.distribution
+            if untempered is not None:
+                for place, row in enumerate(plain):
+                    if turns[row][0].request.operation.raw_logprobs:
+                        distribution[row] = untempered[place]
+            top_ids, top_values = top_logprobs(distribution, most)
         for row, (token, logprob) in enumerate(zip(drawn.tokens.tolist(), drawn.logprobs.tolist(), strict=True)):
             sequence = turns[row][0]
             request = sequence.request
@@ -262,9 +269,8 @@ class TorchSampler:
                 self._fail(request, Failure("the model's logits are not finite: its weights have diverged", "user"))
                 continue
             wanted = request.operation.topk_sample_logprobs
-            sequence.append(token, logprob, (top_ids[row, :wanted], top_values[row, :wanted]) if wanted else None)
-            if row in policy_logprobs:
-                sequence.policy_logprobs.append(policy_logprobs[row])
+            top = (top_ids[row, :wanted], top_values[row, :wanted]) if wanted else None
+            sequence.append(token, logprob, raw_logprobs.get(row), top)
             if sequence.stop_reason is not None:
                 self._batch.finish(sequence)
                 if request.finished:

@@ -25,6 +25,9 @@ _BLOCK = 64
 _SMALLEST_TEMPERATURE = float(torch.finfo(torch.float32).tiny)
 """Dividing float32 by less would divide by zero; the distribution is a single point long before."""
 
+_ALTERNATIVES = 2**63
+"""Streams from here on are a prompt's; those below, samples'."""
+
 
 def random_stream(seed: int, sample_index: int) -> np.random.Generator:
     """The uniform numbers of one sequence: number i, in [0, 1), draws its token i.
@@ -32,6 +35,11 @@ def random_stream(seed: int, sample_index: int) -> np.random.Generator:
     Philox is counter-based (Salmon et al., 2011): streams of different keys are independent, and one costs 200 bytes.
     """
     return np.random.Generator(np.random.Philox(key=np.array([seed, sample_index], dtype=np.uint64)))
+
+
+def alternatives_stream(seed: int, position: int) -> np.random.Generator:
+    """The uniform numbers that draw the alternatives to one token of a prompt. No sample of the request has them."""
+    return random_stream(seed, _ALTERNATIVES + position)
 
 
 def check_params(params: SamplingParams) -> None:
@@ -89,6 +97,20 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[fl
             tokens[greedy] = logits[greedy].argmax(-1)
     logprobs = logits.gather(-1, tokens[:, None]).double().sub_(normalizers)[:, 0].float()
     return Draw(tokens, logprobs, logits, normalizers)
+
+
+def draw_alternatives(distribution: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
+    """For each number in [0, 1) of `uniforms`, float64 [n, k], an id drawn with replacement at a temperature from its
+    row of log-probabilities, float32 [n, V]: int64 [n, k]."""
+    if temperature == 0:
+        return distribution.argmax(-1, keepdim=True).expand(-1, uniforms.shape[1])
+    scaled = distribution - distribution.amax(-1, keepdim=True)
+    if temperature != 1:
+        scaled.div_(max(temperature, _SMALLEST_TEMPERATURE))
+    cumulative = scaled.exp_().cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    ids = torch.searchsorted(cumulative, _below(uniforms * total, total), right=True)
+    return ids.clamp_(max=distribution.shape[-1] - 1)
 
 
 def _filtered(probabilities: Tensor, params: Sequence[SamplingParams]) -> bool:

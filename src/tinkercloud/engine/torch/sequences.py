@@ -37,9 +37,10 @@ class Request:
         self.scores = PromptScores(operation)
 
     @property
-    def records_untempered(self) -> bool:
-        """Whether log-probabilities at temperature 1 are to be recorded, and are not those of the draw itself."""
-        return self.operation.record_stability_info and self.operation.params.temperature not in (0, 1)
+    def untempered(self) -> bool:
+        """Whether log-probabilities at temperature 1 are wanted, and are not those of the draw itself."""
+        asked = self.operation.record_stability_info or self.operation.raw_logprobs
+        return asked and self.operation.params.temperature not in (0, 1)
 
     @property
     def finished(self) -> bool:
@@ -51,6 +52,8 @@ class Request:
             sequences=tuple(sequence.output() for sequence in self.sequences),
             prompt_logprobs=self.scores.logprobs,
             prompt_top_logprobs=self.scores.top,
+            target_prompt_logprobs=self.scores.targets.output() if self.scores.targets is not None else None,
+            prompt_alt_tokens=self.scores.alternatives,
         )
 
 
@@ -63,8 +66,9 @@ class Sequence:
     index: int
     generated: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    policy_logprobs: list[float] = field(default_factory=list)
-    """At temperature 1, where they are recorded and others than `logprobs`."""
+    """Of the draws: at the request's temperature."""
+    raw_logprobs: list[float] = field(default_factory=list)
+    """At temperature 1, where the request is `untempered`."""
     top: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     cached: int = 0
@@ -91,10 +95,14 @@ class Sequence:
             return self.generated[start : start + count]
         return self.request.prompt[self.cached : self.cached + count] + self.generated[: max(0, start + count)]
 
-    def append(self, token: int, logprob: float, top: tuple[np.ndarray, np.ndarray] | None) -> None:
+    def append(
+        self, token: int, logprob: float, raw_logprob: float | None, top: tuple[np.ndarray, np.ndarray] | None
+    ) -> None:
         """Take a drawn token, and find out whether it was the last one."""
         self.generated.append(token)
         self.logprobs.append(logprob)
+        if raw_logprob is not None:
+            self.raw_logprobs.append(raw_logprob)
         if top is not None:
             self.top.append(top)
         if self.request.stop.reached(self.generated):
@@ -114,13 +122,14 @@ class Sequence:
         if self.top:
             ids, logprobs = zip(*self.top, strict=True)
             top = TopLogprobs(token_ids=np.stack(ids), logprobs=np.stack(logprobs))
+        operation = self.request.operation
+        drawing = np.array(self.logprobs, dtype=np.float32)
+        raw = np.array(self.raw_logprobs, dtype=np.float32) if self.request.untempered else drawing
         return SampledSequence(
             tokens=np.array(self.generated, dtype=np.int32),
-            logprobs=np.array(self.logprobs, dtype=np.float32),
+            logprobs=raw if operation.raw_logprobs else drawing,
             stop_reason=self.stop_reason,
             top_logprobs=top,
-            policy_logprobs=self._recorded() if self.request.operation.record_stability_info else None,
+            policy_logprobs=raw if operation.record_stability_info else None,
+            drawing_logprobs=drawing if operation.record_stability_info and operation.raw_logprobs else None,
         )
-
-    def _recorded(self) -> np.ndarray:
-        return np.array(self.policy_logprobs if self.request.records_untempered else self.logprobs, dtype=np.float32)
