@@ -1,5 +1,6 @@
 # make demo    a server, a training loop and the text before and after
 # make test    the whole test suite, as CI runs it
+# make fuzz    random requests: FUZZ_SCALE times as many as the suite sends, and each time others
 # make bench   speed and memory, beside torch + PEFT by hand
 # Each makes the virtual environments that it needs, once; constraints*.txt say what is in them.
 
@@ -11,7 +12,7 @@ export OMP_WAIT_POLICY := passive
 
 ENVIRONMENTS := .venv .venv-clients .venv-quickstart .venv-sdk-0.34 .venv-sdk-0.22
 
-.PHONY: demo test bench lint docs environments constraints clean
+.PHONY: demo test fuzz bench lint docs environments constraints clean
 
 demo: .venv/.made
 	@$(BIN)/tinkercloud demo
@@ -20,6 +21,10 @@ test:
 	@$(MAKE) --no-print-directory -j2 environments
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
+
+FUZZ_SCALE ?= 50
+fuzz: .venv/.made
+	FUZZ_SCALE=$(FUZZ_SCALE) $(BIN)/python -m pytest $(sort $(shell find tests -name 'test_*fuzz.py'))
 
 bench: .venv/.made
 	@$(BIN)/python -m bench

@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tinker.proto import tinker_public_pb2 as pb
 
 from tests.e2e.by_hand import GOOD, NANO, SOUND, Run
+from tests.fuzzing import fuzzing
 from tests.serving import Server
 from tinkercloud.api.app import create_app
 from tinkercloud.config import Settings
@@ -25,7 +26,6 @@ HEADERS = [
 ]
 DESCRIBED = create_app(None, Settings.load()).openapi()  # type: ignore[arg-type]
 ROUTES = sorted(path for path, methods in DESCRIBED["paths"].items() if "post" in methods)
-QUICK = settings(max_examples=40, derandomize=True, deadline=None, database=None)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,7 @@ def test_random_json(run, victim, path):
     sound = {name: mine.get(name, value) for name, value in SOUND.get(route, {}).items() if name != "seq_id"}
     anything = st.dictionaries(st.sampled_from(names), values(names), max_size=6) | values(names)
 
-    @QUICK
+    @fuzzing(40)
     @given(changed(sound, names) | anything, st.sampled_from(HEADERS))
     def send(body, headers):
         survives(victim.http.post(route, content=json.dumps(body), headers=headers))
@@ -123,7 +123,7 @@ def test_random_json(run, victim, path):
 
 
 def test_random_bytes(run, victim):
-    @settings(QUICK, max_examples=100)
+    @fuzzing(100)
     @given(st.sampled_from(ROUTES), st.binary(max_size=60), st.sampled_from(HEADERS))
     def send(path, body, headers):
         survives(victim.http.post(path.removeprefix("/api/v1/"), content=body, headers=headers))
@@ -145,7 +145,7 @@ def mutated(draw, body: bytes) -> bytes:
 def test_damaged_protobuf(run, victim):
     sound = victim.message(GOOD, seq_id=1).SerializeToString()
 
-    @settings(QUICK, max_examples=300)
+    @fuzzing(300)
     @given(mutated(sound), st.sampled_from([*HEADERS[-4:], {}]))
     def send(body, headers):
         survives(victim.send(body, **headers))
@@ -200,7 +200,7 @@ def messages(draw, model_id: str) -> pb.ForwardBackwardRequest:
 def test_senseless_protobuf(run, victim):
     statuses = set()
 
-    @settings(QUICK, max_examples=300)
+    @fuzzing(300)
     @given(messages(victim.id), st.sampled_from([{}, {"x-tinker-gmi": "1"}]))
     def send(message, headers):
         answer = victim.send(message, **headers)

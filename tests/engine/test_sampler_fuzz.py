@@ -1,0 +1,313 @@
+"""Random samples, from their JSON through the engine to what the SDK reads: whatever they ask for, however they are
+mixed and cancelled, each is refused in words or answered, the engine goes on, and no page stays taken."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import event, given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+from tinker import types
+from tinker.lib.public_interfaces import sampling_client as sdk
+from tinker.proto.response_conv import deserialize_proto_response
+from transformers import PreTrainedTokenizerFast
+
+from tests.engine.examples import VOCAB
+from tests.engine.sampler_requests import prompt_of, run, sample, tokens_of
+from tests.fuzzing import fuzzing
+from tinkercloud.api.validate import sample_from
+from tinkercloud.api.wire import json as wire
+from tinkercloud.api.wire.protobuf import encode_sample
+from tinkercloud.api.wire.reading import as_request
+from tinkercloud.api.wire.results import as_json
+from tinkercloud.codec import decode, encode
+from tinkercloud.engine.torch.model import BaseModel
+from tinkercloud.engine.torch.sampler import TorchSampler
+from tinkercloud.engine.types import (
+    CancelSample,
+    CloseSampler,
+    Done,
+    EngineOptions,
+    Failure,
+    Matrix,
+    OpenSampler,
+    Result,
+    Sample,
+    SampleOutput,
+)
+from tinkercloud.errors import InvalidRequest
+
+SAMPLERS = ("base", "adapter")
+SETTINGS = [
+    {"kv_cache_bytes": 1},
+    {"kv_cache_bytes": 2**20, "logits_bytes": 1},
+    {"kv_cache_bytes": 2**20, "max_decode_batch": 3},
+]
+"""Pages for one context; logits row by row; few sequences at a time."""
+
+
+@pytest.fixture(scope="module")
+def model(model_folder, tmp_path_factory) -> BaseModel:
+    """With a tokenizer of one printable character per id, but for the last two."""
+    folder = tmp_path_factory.mktemp("fuzzed") / "model"
+    shutil.copytree(model_folder("qwen3"), folder)
+    vocab = {chr(33 + index): index for index in range(VOCAB - 2)}
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    fast.decoder = tokenizers.decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=fast).save_pretrained(folder)
+    return BaseModel.load(EngineOptions(name="qwen3", source=str(folder), device="cpu"))
+
+
+def sampler_with(model: BaseModel, adapter: str, options: dict[str, int]) -> TorchSampler:
+    sampler = TorchSampler(model, EngineOptions(name="qwen3", source=model.info.folder, **options))
+    for name, folder in zip(SAMPLERS, ("", adapter), strict=True):
+        assert sampler.open(OpenSampler(name, folder)) == Done()
+    return sampler
+
+
+def usually(good: st.SearchStrategy, *strange: object) -> st.SearchStrategy:
+    """A good value, and one time in twelve another."""
+    return st.integers(0, 11).flatmap(lambda number: st.sampled_from(strange) if number == 11 else good)
+
+
+HUGE = (2**31, 2**63, -(2**70), 10**400)
+NO_NUMBER = ("x", None, [], {}, 1.5)
+STOPS = st.one_of(
+    st.none(),
+    st.just([]),
+    st.text("!abc~é🎉", min_size=1, max_size=3),
+    st.lists(st.text("!abc~", min_size=1, max_size=3), max_size=3),
+    st.lists(st.integers(0, VOCAB - 1), max_size=4),
+)
+
+
+@st.composite
+def params(draw) -> dict[str, object]:
+    given = {
+        "max_tokens": usually(st.integers(1, 30), None, 0, -1, 256, *HUGE),
+        "temperature": usually(st.sampled_from([0, 1]) | st.floats(0, 3), -1, 1e-320, 1e30, 1e300, *HUGE, *NO_NUMBER),
+        "top_k": usually(st.integers(1, VOCAB) | st.just(-1), 0, -2, *HUGE, *NO_NUMBER),
+        "top_p": usually(st.floats(0.01, 1), 0, -1, 1.01, 1e-300, *HUGE, *NO_NUMBER),
+        "seed": usually(st.integers(-(2**64), 2**64) | st.none(), *HUGE, "x", []),
+        "stop": usually(STOPS, "", [""], ["a", 1], [VOCAB], [-1], ["a"] * 65, 7, {}, [None], "\ud800"),
+    }
+    chosen = draw(st.sets(st.sampled_from(sorted(given))))
+    return {name: draw(given[name]) for name in sorted(chosen)}
+
+
+@st.composite
+def tensors(draw, rows: int) -> dict[str, object]:
+    """A `target_prompt_logprobs` for so many rows, dense or sparse, sometimes with a part that is wrong."""
+    random = np.random.default_rng(draw(st.integers(0, 2**16)))
+    columns = draw(st.integers(1, 5))
+    ids = random.integers(-1, VOCAB, (rows, columns))
+    tensor: dict[str, object] = {"data": ids.ravel().tolist(), "dtype": "int64", "shape": [rows, columns]}
+    if draw(st.booleans()):
+        listed = random.random(ids.shape) < draw(st.floats(0, 1))
+        places = np.nonzero(listed)
+        tensor["data"] = ids[places].tolist()
+        tensor["shape"] = [rows, columns + draw(st.sampled_from([0, 7, 10**6]))]
+        tensor["sparse_crow_indices"] = [0, *listed.sum(1).cumsum().tolist()]
+        tensor["sparse_col_indices"] = places[1].tolist()
+    if draw(st.integers(0, 5)) == 0:
+        part = draw(st.sampled_from(sorted(tensor)))
+        tensor[part] = draw(st.sampled_from([None, [], [1], [0, 1], [-1, 2], [VOCAB], [1.5], "float32", 3, [2**64]]))
+    return tensor
+
+
+@st.composite
+def bodies(draw) -> dict[str, object]:
+    """The JSON of an asample."""
+    length = draw(usually(st.integers(1, 60), 0, 200, 255, 256, 257))
+    prompt = prompt_of(draw(st.integers(0, 2**16)), length).tolist()
+    if length and draw(st.integers(0, 19)) == 0:
+        prompt[draw(st.integers(0, length - 1))] = draw(st.sampled_from([VOCAB, -1, 2**40, None, 1.5, "x"]))
+    cut = draw(st.integers(0, length))
+    body: dict[str, object] = {
+        "prompt": {"chunks": [{"type": "encoded_text", "tokens": part} for part in (prompt[:cut], prompt[cut:])]},
+        "sampling_params": {"max_tokens": draw(st.integers(1, 20))} | draw(params()),
+    }
+    given = {
+        "num_samples": usually(st.integers(1, 5), 0, -1, 1025, *HUGE, *NO_NUMBER),
+        "prompt_logprobs": usually(st.booleans(), None, 2, "x"),
+        "topk_prompt_logprobs": usually(st.integers(0, 5), VOCAB, VOCAB + 1, -1, *HUGE, *NO_NUMBER),
+        "topk_sample_logprobs": usually(st.integers(0, 5), VOCAB, VOCAB + 1, -1, *HUGE, *NO_NUMBER),
+        "prompt_alt_tokens_k": usually(st.integers(0, 5), 256, 257, -1, *HUGE, *NO_NUMBER),
+        "prompt_logprobs_last_n": usually(st.integers(1, max(1, length - 1)), None, 0, -1, length, *HUGE, "x"),
+        "target_prompt_logprobs": usually(tensors(max(0, length - 1)), None, tensors(length), [], "x", {}),
+        "record_stability_info": usually(st.booleans(), None),
+        "temperature": st.just(0.5),  # in the wrong place
+    }
+    for name in sorted(draw(st.sets(st.sampled_from(sorted(given))))):
+        if name != "temperature" or draw(st.integers(0, 19)) == 0:
+            value = draw(given[name])
+            body[name] = draw(value) if isinstance(value, st.SearchStrategy) else value
+    if "prompt_logprobs_last_n" in body and draw(st.integers(0, 3)):
+        body["prompt_logprobs"] = True
+    return body
+
+
+ACTIONS = st.one_of(
+    st.tuples(st.just("sample"), bodies(), st.sampled_from(SAMPLERS), st.booleans()),
+    st.tuples(st.just("sample"), bodies(), st.sampled_from(SAMPLERS), st.booleans()),
+    st.tuples(st.just("step"), st.integers(1, 9)),
+    st.tuples(st.just("cancel"), st.integers(0, 9)),
+    st.tuples(st.just("close"), st.just("adapter")),
+)
+
+
+def read_by_the_sdk(request: Sample, output: SampleOutput) -> None:
+    """Both forms of an answer, and that it has what was asked for, in its shape."""
+    as_json(output)
+    read = deserialize_proto_response(encode_sample(decode(encode(output), SampleOutput)), types.SampleResponse)
+    n, params = len(request.prompt), request.params
+    assert len(read.sequences) == request.num_samples
+    for sequence in read.sequences:
+        assert 1 <= len(sequence.tokens) <= params.max_tokens and len(sequence.logprobs) == len(sequence.tokens)
+        assert all(0 <= token < VOCAB for token in sequence.tokens)
+        assert np.isfinite(sequence.logprobs_np).all() and (sequence.logprobs_np < 1e-5).all()
+        assert sequence.stop_reason == "stop" or len(sequence.tokens) == params.max_tokens
+        assert params.stop_strings or not set(sequence.tokens[:-1]) & set(params.stop_tokens)
+        if request.topk_sample_logprobs:
+            assert sequence.topk_logprobs_np.logprobs.shape == (len(sequence.tokens), request.topk_sample_logprobs)
+    if request.prompt_logprobs:
+        scored = request.prompt_logprobs_last_n or n - 1
+        assert np.isfinite(read.prompt_logprobs_np).tolist() == [False] * (n - scored) + [True] * scored
+    if request.topk_prompt_logprobs:
+        assert read.topk_prompt_logprobs_np.token_ids.shape == (n, request.topk_prompt_logprobs)
+    if request.target_prompt_logprobs is not None:
+        assert read.target_prompt_logprobs.shape == list(request.target_prompt_logprobs.shape)
+        assert (np.array(read.target_prompt_logprobs.data)[request.target_prompt_logprobs.values < 0] == 0).all()
+    if request.prompt_alt_tokens_k:
+        assert read.prompt_alt_tokens.tokens.shape == [n - 1, request.prompt_alt_tokens_k]
+    sdk._check_prompt_alt_tokens_returned(read, request.prompt_alt_tokens_k)
+    sdk._check_prompt_logprobs_last_n_honored(read, request.prompt_logprobs_last_n)
+
+
+class Scenario:
+    """An engine, what was asked of it, and what it has answered."""
+
+    def __init__(self, sampler: TorchSampler) -> None:
+        self.sampler = sampler
+        self.asked: dict[str, Sample] = {}
+        self.answered: dict[str, Result] = {}
+        self.may_fail: set[str] = set()
+        """Cancelled, or behind the end of their sampler."""
+        self.closed: set[str] = set()
+
+    def sample(self, body: dict[str, object], sampler_id: str, raw: bool) -> None:
+        try:
+            operation = sample_from(as_request(wire.Sample, body), sampler_id, self.sampler.info, raw)
+        except InvalidRequest as error:
+            assert str(error)
+            event("refused")
+            return
+        self.submit(operation)
+
+    def submit(self, operation: Sample) -> None:
+        name = f"r{len(self.asked)}"
+        self.asked[name] = decode(encode(replace(operation, request_id=name)), Sample)
+        if operation.sampler_id in self.closed:
+            self.may_fail.add(name)
+        self.sampler.submit(self.asked[name])
+
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            for name, result in self.sampler.step():
+                assert name not in self.answered
+                self.answered[name] = result
+
+    def cancel(self, number: int) -> None:
+        name = f"r{number}"
+        if name in self.asked:
+            self.may_fail.add(name)
+        assert self.sampler.cancel(CancelSample(name)) == Done()
+
+    def close(self, name: str) -> None:
+        self.closed.add(name)
+        assert self.sampler.close(CloseSampler(name)) == Done()
+
+    def ends(self) -> None:
+        """Everybody is answered, nothing stays taken, and the engine samples on."""
+        for _ in range(20_000):
+            if not self.sampler.busy:
+                break
+            self.step(1)
+        assert self.answered.keys() == self.asked.keys()
+        assert self.sampler.pages_used == 0 == self.sampler.num_running
+        plain = sample("plain", prompt_of(0, 9))
+        assert tokens_of(run(self.sampler, plain)) == tokens_of(run(self.sampler, plain))
+        assert self.sampler.pages_used == 0
+
+
+def test_random_requests(model, adapter_folder):
+    @fuzzing(25)
+    @given(st.sampled_from(SETTINGS), st.lists(ACTIONS, max_size=8))
+    def play(options, actions):
+        scenario = Scenario(sampler_with(model, adapter_folder("qwen3"), options))
+        for action, *arguments in actions:
+            getattr(scenario, action)(*arguments)
+        scenario.ends()
+        for name, result in scenario.answered.items():
+            if isinstance(result, Failure):
+                assert name in scenario.may_fail and result.category == "user", result.error
+            else:
+                read_by_the_sdk(scenario.asked[name], result)
+
+    play()
+
+
+WRONG = [
+    {"prompt": np.array([], np.int32)},
+    {"prompt": np.array([[1, 2]], np.int32)},
+    {"prompt": np.array([VOCAB], np.int32)},
+    {"prompt": np.array([-1, 1], np.int32)},
+    {"prompt": np.zeros(257, np.int32)},
+    {"sampler_id": "none"},
+    {"num_samples": 0},
+    {"topk_prompt_logprobs": -1},
+    {"topk_sample_logprobs": VOCAB + 1},
+    {"prompt_alt_tokens_k": -1},
+    {"prompt_logprobs_last_n": 10**6},
+    {"target_prompt_logprobs": Matrix(np.array([1]), (10**6, 1))},
+    {"target_prompt_logprobs": Matrix(np.array([1]), (0, 1), np.array([0, 9]), np.array([0]))},
+]
+WRONG_PARAMS = [
+    {"max_tokens": 0},
+    {"max_tokens": 10**6},
+    {"temperature": float("nan")},
+    {"temperature": float("inf")},
+    {"top_k": 0},
+    {"top_p": float("nan")},
+    {"seed": -1},
+    {"stop_strings": ("",)},
+]
+
+
+def test_what_no_api_has_checked(model, adapter_folder):
+    """Operations with a part that the API would have refused, among good ones: a failure of its own for each."""
+    good = st.builds(sample, st.just(""), st.integers(1, 60).map(lambda length: prompt_of(length, length)))
+    wrong = st.builds(replace, good).flatmap(
+        lambda one: st.sampled_from(
+            [replace(one, **change) for change in WRONG]
+            + [replace(one, params=replace(one.params, **change)) for change in WRONG_PARAMS]
+        )
+    )
+
+    @fuzzing(10)
+    @given(st.sampled_from(SETTINGS), st.lists(st.tuples(st.booleans(), good, wrong), max_size=6))
+    def play(options, operations):
+        scenario = Scenario(sampler_with(model, adapter_folder("qwen3"), options))
+        for is_good, one, other in operations:
+            scenario.submit(one if is_good else other)
+            scenario.step(1)
+        scenario.ends()
+        for number, (is_good, _, _) in enumerate(operations):
+            result = scenario.answered[f"r{number}"]
+            assert isinstance(result, SampleOutput) if is_good else result.category == "user"
+
+    play()
