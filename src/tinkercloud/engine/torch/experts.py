@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from tinkercloud.engine.peft_layout import EXPERT_PARAMETERS
 from tinkercloud.engine.torch.lora import CurrentLora, DatumRun, LoraBatch, LoraLinear, Segment, add_products, runs_of
+from tinkercloud.engine.torch.products import add_product, product
 
 
 def are_fused_experts(path: str, module: nn.Module) -> bool:
@@ -153,7 +154,7 @@ class _ExpertsProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: ExpertsLinear, routing: Routing) -> Tensor:
         output = x.new_empty(len(x), layer.out_features)
         for expert, start, end in routing.experts:
-            torch.mm(x[start:end], layer.weight[expert], out=output[start:end])
+            output[start:end] = product(x[start:end], layer.weight[expert])
             if layer.bias is not None:
                 output[start:end] += layer.bias[expert]
         inner = []
@@ -161,8 +162,8 @@ class _ExpertsProduct(torch.autograd.Function):
             pair = rows.segment.weights.pairs[layer.index]
             if pair is not None:
                 a, b = (factor[rows.expert] for factor in pair)
-                low = x[rows.start : rows.end] @ a.t()
-                output[rows.start : rows.end].addmm_(low, b.t(), alpha=rows.segment.weights.scale)
+                low = product(x[rows.start : rows.end], a.t())
+                add_product(output[rows.start : rows.end], low, b.t(), rows.segment.weights.scale)
                 inner.append(low)
         ctx.save_for_backward(x, *inner)
         ctx.layer, ctx.routing = layer, routing
@@ -175,7 +176,7 @@ class _ExpertsProduct(torch.autograd.Function):
         layer, routing = ctx.layer, ctx.routing
         d_input = torch.empty_like(x)
         for expert, start, end in routing.experts:
-            torch.mm(d_output[start:end], layer.weight[expert].t(), out=d_input[start:end])
+            d_input[start:end] = product(d_output[start:end], layer.weight[expert].t())
         lows = iter(inner)
         for rows in routing.rows:
             segment, own = rows.segment, slice(rows.start, rows.end)
@@ -183,10 +184,10 @@ class _ExpertsProduct(torch.autograd.Function):
             if pair is None:
                 continue
             a, b = (factor[rows.expert] for factor in pair)
-            low, d_low = next(lows), d_output[own] @ b
+            low, d_low = next(lows), product(d_output[own], b)
             if segment.gradient is not None:
                 d_a, d_b = (factor[rows.expert] for factor in segment.gradient[layer.index])
                 add_products(d_b, d_output[own], low, rows.datums, segment.weights.scale)
                 add_products(d_a, d_low, x[own], rows.datums, segment.weights.scale)
-            d_input[own].addmm_(d_low, a, alpha=segment.weights.scale)
+            add_product(d_input[own], d_low, a, segment.weights.scale)
         return d_input, None, None, None

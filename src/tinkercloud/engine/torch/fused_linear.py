@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from tinkercloud.engine.torch.lora import LoraBatch, LoraLinear, add_products
+from tinkercloud.engine.torch.products import add_product, product
 
 Inner = Sequence[Tensor | None]
 """x A^T [rows, m r] of each segment, None where the adapter leaves all of the layers alone."""
@@ -65,13 +66,13 @@ class FusedLinear:
             d_out, d_low = d_output.narrow(0, start, rows), torch.empty_like(low)
             for place, (column, columns, row, b, b_t) in enumerate(stack.bs):
                 d_own = d_out.narrow(1, column, columns)
-                torch.mm(d_own, b, out=d_low.narrow(1, row, len(b_t)))
+                d_low.narrow(1, row, len(b_t)).copy_(product(d_own, b))
                 if gradient is not None:
                     add_products(gradient.bs[place].b, d_own, low.narrow(1, row, len(b_t)), segment.datums, scale)
             if gradient is not None:
                 add_products(gradient.a, d_low, x.narrow(0, start, rows), segment.datums, scale)
             if d_input is not None:
-                d_input.narrow(0, start, rows).addmm_(d_low, stack.a, alpha=scale)
+                add_product(d_input.narrow(0, start, rows), d_low, stack.a, scale)
         return d_input
 
     def _add_lora(self, x: Tensor, lora: LoraBatch, output: Tensor) -> Inner:
@@ -85,11 +86,11 @@ class FusedLinear:
                 continue
             rows = end - start
             own, out = (x, output) if rows == total else (x.narrow(0, start, rows), output.narrow(0, start, rows))
-            low = own @ stack.a_t
+            low = product(own, stack.a_t)
             for column, columns, row, _, b_t in stack.bs:
                 if len(stack.bs) == 1 and columns == output.shape[1]:
-                    out.addmm_(low, b_t, alpha=weights.scale)
+                    add_product(out, low, b_t, weights.scale)
                 else:
-                    out.narrow(1, column, columns).addmm_(low.narrow(1, row, len(b_t)), b_t, alpha=weights.scale)
+                    add_product(out.narrow(1, column, columns), low.narrow(1, row, len(b_t)), b_t, weights.scale)
             inner.append(low)
         return inner

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tinkercloud.engine.torch.lora import LoraBatch, Segment, add_lora_gradients, inner_products
 from tinkercloud.engine.torch.model import BaseModel
+from tinkercloud.engine.torch.products import product
 
 BLOCK_BYTES = 2**20
 """Of logits that are worked on at a time: they stay in a core's cache from one operation to the next."""
@@ -99,7 +100,7 @@ class TargetLogprobs:
             d_logits.view(-1).index_add_(0, local * d_logits.shape[1] + tokens[first:last], weight)
             d_logits = d_logits.to(self._hidden.dtype)
             x = self._hidden[chunk_rows]
-            d_x = d_logits @ unembedding.weight
+            d_x = product(d_logits, unembedding.weight)
             inner = inner_products(unembedding.index, lora, x)
             add_lora_gradients(unembedding.index, lora, x, inner, d_logits, d_x)
             d_hidden[chunk_rows] = d_x

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from tinkercloud.engine.torch.products import add_product, product
+
 Pair = tuple[Tensor, Tensor]
 """A [r, in] and B [out, r] of one linear layer; A [experts, r, in] and B [experts, out, r] of a layer's experts."""
 
@@ -157,8 +159,8 @@ def add_lora(index: int, batch: LoraBatch, x: Tensor, output: Tensor) -> list[Te
             continue
         a, b = pair
         rows = slice(segment.start, segment.end)
-        low = x[rows] @ a.t()
-        output[rows].addmm_(low, b.t(), alpha=segment.weights.scale)
+        low = product(x[rows], a.t())
+        add_product(output[rows], low, b.t(), segment.weights.scale)
         inner.append(low)
     return inner
 
@@ -166,7 +168,7 @@ def add_lora(index: int, batch: LoraBatch, x: Tensor, output: Tensor) -> list[Te
 def inner_products(index: int, batch: LoraBatch, x: Tensor) -> list[Tensor | None]:
     """x A^T [rows, r] of layer `index` for each segment, None where the adapter leaves the layer alone."""
     pairs = [(segment.weights.pairs[index], segment.start, segment.end) for segment in batch]
-    return [None if pair is None else x[start:end] @ pair[0].t() for pair, start, end in pairs]
+    return [None if pair is None else product(x[start:end], pair[0].t()) for pair, start, end in pairs]
 
 
 def add_lora_gradients(
@@ -182,13 +184,13 @@ def add_lora_gradients(
         a, b = segment.weights.pairs[index]
         rows, scale = slice(segment.start, segment.end), segment.weights.scale
         d_out = d_output[rows]
-        d_low = d_out @ b
+        d_low = product(d_out, b)
         if segment.gradient is not None:
             d_a, d_b = segment.gradient[index]
             add_products(d_b, d_out, low, segment.datums, scale)
             add_products(d_a, d_low, x[rows], segment.datums, scale)
         if d_input is not None:
-            d_input[rows].addmm_(d_low, a, alpha=scale)
+            add_product(d_input[rows], d_low, a, scale)
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor, datums: Sequence[DatumRun], scale: float) -> None:

@@ -29,6 +29,7 @@ from tinkercloud.engine.torch.experts import AdaptedLayer, Experts, ExpertsLinea
 from tinkercloud.engine.torch.linear_attention import GatedDeltaNet, is_gated_delta_net
 from tinkercloud.engine.torch.lora import BASE_ONLY, CurrentLora, LoraBatch, LoraLinear
 from tinkercloud.engine.torch.packing import row_multiple_of
+from tinkercloud.engine.torch.products import LEAST_ROWS, filled, is_narrow
 from tinkercloud.engine.torch.quantized import QuantizedLoraLinear, is_quantized, quantization_of
 from tinkercloud.engine.torch.threads import ThreadChoice
 from tinkercloud.engine.types import BaseModelInfo, EngineOptions, OperationError
@@ -64,12 +65,14 @@ class BaseModel:
         decoder = model.get_decoder()
         path = next(name for name, module in model.named_modules() if module is decoder)
         modules = list(decoder.named_modules(prefix=path))
-        self.row_multiple = row_multiple_of(
-            module.out_features if isinstance(module, nn.Linear) else parameter.shape[0]
+        shapes = [
+            (module.out_features, module.in_features) if isinstance(module, nn.Linear) else parameter.shape
             for _, module in modules
             for parameter in module.parameters(recurse=False)
             if parameter.ndim == 2 and not isinstance(module, nn.Embedding)
-        )
+        ]
+        self._narrowest = min(map(min, shapes))
+        self.row_multiple = row_multiple_of(outputs for outputs, _ in shapes)
         """Of a pass's rows, for numbers that do not depend on how many there are."""
         experts = [(name, module) for name, module in modules if are_fused_experts(name, module)]
         # To adapt only what is beside experts of another kind would be half of what was asked.
@@ -174,7 +177,9 @@ class BaseModel:
         """
         self._recomputation.wanted = recompute
         self._current_attention.attention, self._current_lora.batch = attention, lora
-        with self._threads.timed((len(tokens).bit_length(), torch.is_grad_enabled())):
+        rows = len(tokens)
+        is_alone = is_narrow(rows, self._narrowest, self._threads.most)
+        with self._threads.timed((rows.bit_length(), torch.is_grad_enabled()), is_alone):
             if self._lean is not None:
                 return self._lean(tokens, positions, attention, lora, self._current_lora.anchor, recompute)
             output = self._decoder(
@@ -182,10 +187,10 @@ class BaseModel:
             )
             return output.last_hidden_state[0]
 
-    @property
-    def step_multiple(self) -> int:
-        """Of a sampling step's rows, likewise: the lean decoder works row by row, so one row has the bits of many."""
-        return self.row_multiple if self._lean is None else 1
+    def filling(self, rows: int) -> int:
+        """How many rows a sampling step of so many lacks, for the same reason as `row_multiple`. The lean decoder works
+        row by row, and only its products ask for more."""
+        return -rows % self.row_multiple if self._lean is None else max(0, LEAST_ROWS - rows)
 
     def use_all_threads(self) -> None:
         """For sums over a whole adapter: their bits do depend on the number of threads, so it is always this one."""
@@ -194,7 +199,7 @@ class BaseModel:
     def logits(self, hidden: Tensor, lora: LoraBatch) -> Tensor:
         """Logits float32 [n, V] of hidden states [n, H]; the segments of `lora` count rows of `hidden`."""
         self._current_lora.batch = lora
-        return self.unembedding(hidden).float()
+        return self.unembedding(filled(hidden, LEAST_ROWS - len(hidden)))[: len(hidden)].float()
 
     def parameter(self, name: str) -> Tensor | None:
         """A frozen parameter by its path, None if there is none."""

@@ -3,7 +3,7 @@
 Sequences that add one token (decoding) are attended in a few batches of similar length, so that a short one does not
 pay for a long one; sequences that add more (prefill) one by one. Each row's numbers depend on its own sequence alone:
 `scaled_dot_product_attention` gives the same bits for any batch and any masked padding. Rows behind the sequences' only
-fill the step (`BaseModel.step_multiple`): they attend to nothing and are not remembered.
+fill the step (`BaseModel.filling`): they attend to nothing and are not remembered.
 """
 
 from __future__ import annotations

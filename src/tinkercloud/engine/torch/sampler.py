@@ -214,7 +214,7 @@ class TorchSampler:
         device = self._model.device
         tokens = [token for sequence, count in turns for token in sequence.next_tokens(count)]
         positions = [sequence.cached + i for sequence, count in turns for i in range(count)]
-        filling = [0] * (-len(tokens) % self._model.step_multiple)
+        filling = [0] * self._model.filling(len(tokens))
         step = [CacheRows(sequence.pages, sequence.cached, count, sequence.slot) for sequence, count in turns]
         attention = PagedAttention(self._cache, step, device, self._windows, self._states)
         hidden = self._model.hidden_states(

@@ -52,9 +52,10 @@ class ThreadChoice:
         self._kinds: dict[Hashable, _Race] = {}
 
     @contextmanager
-    def timed(self, kind: Hashable) -> Iterator[None]:
-        """Set the number of threads for what is done inside, and remember how long it took."""
-        if self.most == 1:
+    def timed(self, kind: Hashable, is_alone: bool = False) -> Iterator[None]:
+        """Set the number of threads for what is done inside, and remember how long it took. `is_alone`: always one."""
+        if self.most == 1 or is_alone:
+            torch.set_num_threads(1)
             yield
             return
         race = self._kinds.setdefault(kind, _Race(self.most))
