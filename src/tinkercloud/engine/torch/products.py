@@ -1,10 +1,10 @@
 """Matrix products on the CPU each row of which has the same bits however many rows and threads there are.
 
-MKL's strict mode (see `tinkercloud.engine.torch`) promises that for Intel's processors. Elsewhere it falls back to a mode
-of its own, which keeps the promise but for two kinds of products (measured in float32 on an AMD EPYC with MKL 2024.2, up
-to 16 threads): those of fewer than 4 rows (with a single column: those whose rows are no multiple of 4), and those whose
-rows and columns are both so few that a thread's share is narrower than a kernel. So the first are filled up with rows of
-zeros, and the second have one thread.
+MKL's strict mode (see `tinkercloud.engine.torch`) promises that for Intel's processors. Elsewhere it falls back to a
+mode of its own, which keeps the promise but for two kinds of products (measured in float32 on an AMD EPYC with MKL
+2024.2, up to 16 threads): those of fewer than 4 rows (with a single column: those whose rows are no multiple of 4),
+and those whose rows and columns are both so few that a thread's share is narrower than a kernel. So the first are
+filled up with rows of zeros, and the second have one thread.
 """
 
 from __future__ import annotations
