@@ -101,6 +101,18 @@ def test_all_scores_are_the_raw_models(logits_bytes, small_chunks, sampler_of, a
         np.testing.assert_allclose(result.prompt_top_logprobs.logprobs[-last:], values[-last:], atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 10])
+def test_no_more_logits_than_allowed(rows, sampler_of, base_model, monkeypatch):
+    model, asked = base_model("qwen3"), []
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden, lora: asked.append(len(hidden)) or logits(hidden, lora))
+    options = dict(prompt_logprobs=True, topk_prompt_logprobs=2, prompt_alt_tokens_k=2, max_tokens=1)
+    targets = dense(1, 199)
+    request = sample("r", prompt_of(1, 200), target_prompt_logprobs=targets, **options)
+    run(sampler_of("qwen3", logits_bytes=4 * VOCAB * rows), request)
+    assert max(asked) == rows and sum(asked) == 199 + 1
+
+
 def test_each_option_alone(sampler_of, distribution):
     """What was not asked for is not there."""
     prompt, targets = prompt_of(1, 12), dense(1, 11)

@@ -71,6 +71,21 @@ def test_a_multi_byte_character_counts_when_its_last_byte_is_there(folder, token
     assert stop_after(folder, tokens, character) == expected
 
 
+def test_a_space_that_a_text_begins_with_counts(tmp_path):
+    """Of a tokenizer as Llama 2's, which drops it when it decodes."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", "▁foo"]
+    model = models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
+    fast = FastTokenizer(model)
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    PreTrainedTokenizerFast(tokenizer_object=fast).save_pretrained(tmp_path)
+    foo, b, bytes_of = pieces.index("▁foo"), pieces.index("b"), [1 + byte for byte in " é".encode()]
+    assert [stop_after(tmp_path, tokens, " foo") for tokens in ([foo], [b, foo], [b])] == [1, 2, None]
+    assert stop_after(tmp_path, [b, foo], "foo") == stop_after(tmp_path, [b, foo], "b f") == 2
+    assert stop_after(tmp_path, bytes_of, " é") == 3
+
+
 def test_special_tokens_are_text(folder, tokenizer):
     tokens = tokenizer.encode("hello<|end|> w", add_special_tokens=False)
     assert stop_after(folder, tokens, "<|end|>") == 2

@@ -49,13 +49,18 @@ class Tokenizer:
         self._trust_remote_code = trust_remote_code
         self._tokenizer: Any = None
         self._size = 0
+        self._before: list[int] = []
+        """Decoded before what is asked for, since some tokenizers drop the space that a text begins with."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of the tokens, special tokens included, nothing cleaned up; ids that only pad the model's vocabulary are
-        no text."""
-        tokenizer = self._load()
+        """Text of the tokens as it goes on behind a prompt: special tokens included, nothing cleaned up; ids that only
+        pad the model's vocabulary are no text."""
+        self._load()
         known = [token for token in tokens if token < self._size]
-        return tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._text([*self._before, *known])[len(self._text(self._before)) :]
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def stop_condition(self, params: SamplingParams) -> StopCondition:
         """Raises `OperationError` for stop strings without a tokenizer to find them with, or empty ones."""
@@ -85,4 +90,5 @@ class Tokenizer:
                     f"({error}); use stop token ids instead"
                 ) from error
             self._size = len(self._tokenizer)
+            self._before = self._tokenizer.encode("a", add_special_tokens=False)
         return self._tokenizer
