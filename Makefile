@@ -12,12 +12,13 @@ export OMP_WAIT_POLICY := passive
 
 ENVIRONMENTS := .venv .venv-clients .venv-quickstart .venv-sdk-0.34 .venv-sdk-0.22
 
-.PHONY: demo test fuzz bench lint docs environments constraints clean
+.PHONY: demo test fuzz bench lint docs environments postgresql constraints clean
 
 demo: .venv/.made
 	@$(BIN)/tinkercloud demo
 
 test:
+	@$(MAKE) --no-print-directory postgresql
 	@$(MAKE) --no-print-directory -j2 environments
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
@@ -37,6 +38,15 @@ docs: .venv/.made
 	@for script in scripts/make_*_doc.py; do $(BIN)/python $$script || exit 1; done
 
 environments: $(ENVIRONMENTS:%=%/.made)
+
+# The tests start a server of their own with it, as an unprivileged user. Debian keeps the programs out of the PATH.
+postgresql:
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null || { \
+			echo "The tests need PostgreSQL. Install it (on Debian: sudo apt-get install postgresql) and run make again." >&2; \
+			exit 1; }; \
+		echo "Installing PostgreSQL, which the tests need ..."; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends postgresql >/dev/null; }
 
 # After a change of the dependencies in pyproject.toml: what a clean install gives today.
 constraints:

@@ -175,8 +175,8 @@ class Settings(PerModel, BaseSettings):
     database_url: str | None = Field(
         None,
         description="SQLAlchemy URL of the ledger's database; without it, SQLite in the data folder. "
-        "`postgresql+psycopg://USER:PASSWORD@HOST/DATABASE` needs the extra `postgresql`; see architecture.md for what "
-        "was tried. A database belongs to one data folder.",
+        "`postgresql+psycopg://USER:PASSWORD@HOST/DATABASE` needs the extra `postgresql`. A database belongs to one "
+        "data folder.",
     )
     log_file: Path | None = Field(None, description="File that the log is appended to; without it, standard error.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")

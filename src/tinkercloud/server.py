@@ -22,7 +22,7 @@ from tinkercloud.control.conductor import Unfinished
 from tinkercloud.control.engines import OnProgress
 from tinkercloud.control.housekeeping import keep_house
 from tinkercloud.control.service import NoKeys, Service
-from tinkercloud.ledger.database import UnusableDatabase, WrongVersion
+from tinkercloud.ledger.database import DatabaseInUse, UnusableDatabase, WrongVersion
 from tinkercloud.ledger.lock import DataDirInUse
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ async def _serve(
     listener = _bind(settings)
     try:
         service = await Service.start(settings, on_progress)
-    except (DataDirInUse, UnusableDatabase, WrongVersion, NoKeys) as error:
+    except (DatabaseInUse, DataDirInUse, UnusableDatabase, WrongVersion, NoKeys) as error:
         raise StartError(str(error)) from None
     except OSError as error:
         where = error.filename or settings.data_dir

@@ -41,8 +41,8 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-def test_a_script_outlives_its_server(tmp_path, undisturbed, end):
-    with Server(tmp_path / "data") as server:
+def test_a_script_outlives_its_server_on_postgresql(tmp_path, undisturbed, postgresql, end):
+    with Server(tmp_path / "data", "--set", f"database_url={postgresql.database()}") as server:
 
         def interrupt(step):
             if step in (3, 9):

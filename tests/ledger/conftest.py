@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,9 +33,22 @@ def clock() -> Clock:
     return Clock()
 
 
+OpenLedger = Callable[..., Awaitable[Ledger]]
+
+
 @pytest.fixture
-async def ledger(tmp_path: Path, clock: Clock) -> AsyncIterator[Ledger]:
-    opened = await Ledger.open(tmp_path, clock=clock)
+def open_ledger(tmp_path: Path, database_url: str | None) -> OpenLedger:
+    """`await open_ledger(**options)`: the ledger of one data directory, on each kind of database."""
+
+    async def open_it(**options: Any) -> Ledger:
+        return await Ledger.open(tmp_path, database_url, **options)
+
+    return open_it
+
+
+@pytest.fixture
+async def ledger(open_ledger: OpenLedger, clock: Clock) -> AsyncIterator[Ledger]:
+    opened = await open_ledger(clock=clock)
     yield opened
     await opened.close()
 

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from tests.ledger.conftest import MODEL, Clock, model_record
+from tests.ledger.conftest import MODEL, Clock, OpenLedger, model_record
 from tinkercloud.engine.types import LoraConfig
 from tinkercloud.ledger import Ledger
 from tinkercloud.ledger.records import (
@@ -33,14 +31,14 @@ CHECKPOINT = CheckpointRecord(
 SAMPLER = SamplerRecord("session-1:sample:0", "session-1", "alice", "base", None, "", 1.0)
 
 
-async def test_records_come_back_whole(tmp_path: Path) -> None:
+async def test_records_come_back_whole(open_ledger: OpenLedger) -> None:
     records = [SESSION, model_record(), SAMPLER, CHECKPOINT, SnapshotRecord(MODEL, 3, "folder", 1.0)]
     keys = [("session-1",), (MODEL,), (SAMPLER.sampler_id,), (CHECKPOINT.path,), (MODEL, 3)]
-    ledger = await Ledger.open(tmp_path)
+    ledger = await open_ledger()
     for record in records:
         assert await ledger.insert(record) == record
     await ledger.close()
-    ledger = await Ledger.open(tmp_path)
+    ledger = await open_ledger()
     for _ in range(2):  # from disk, then from memory
         assert [await ledger.get(type(record), *key) for record, key in zip(records, keys, strict=True)] == records
     assert await ledger.get(SessionRecord, "nobody") is None
@@ -106,8 +104,8 @@ async def test_only_the_newest_snapshots_are_kept(ledger: Ledger) -> None:
     assert await ledger.count(SnapshotRecord) == 3
 
 
-async def test_heartbeats_are_seen_at_once_and_on_disk_after_close(tmp_path: Path, clock: Clock) -> None:
-    ledger = await Ledger.open(tmp_path, clock=clock)
+async def test_heartbeats_are_seen_at_once_and_on_disk_after_close(open_ledger: OpenLedger, clock: Clock) -> None:
+    ledger = await open_ledger(clock=clock)
     await ledger.insert(SESSION)
     await ledger.insert(model_record())
     clock.now += 5
@@ -117,7 +115,7 @@ async def test_heartbeats_are_seen_at_once_and_on_disk_after_close(tmp_path: Pat
     assert (await ledger.get(SessionRecord, "session-1")).last_heartbeat == clock.now
     assert (await ledger.find(ModelRecord, model_id=MODEL))[0].last_request_at == clock.now
     await ledger.close()
-    ledger = await Ledger.open(tmp_path)
+    ledger = await open_ledger()
     assert (await ledger.get(SessionRecord, "session-1")).last_heartbeat == clock.now
     assert (await ledger.get(ModelRecord, MODEL)).last_request_at == clock.now
     await ledger.close()

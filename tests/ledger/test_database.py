@@ -12,6 +12,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 
+from tests.postgresql import PostgreSQL
 from tinkercloud.engine.types import LoraConfig
 from tinkercloud.ledger import Ledger, database, schema
 from tinkercloud.ledger.lock import DataDirInUse, DataDirLock
@@ -20,19 +21,27 @@ from tinkercloud.ledger.records import CheckpointRecord, ModelRecord
 MIGRATIONS = str(Path(database.__file__).parent / "migrations")
 
 
-def test_migrations_lead_to_the_tables_of_the_schema(tmp_path: Path) -> None:
-    engine = database.connect(f"sqlite:///{tmp_path / 'ledger.db'}", connections=1)
+@pytest.fixture
+def url(tmp_path: Path, database_url: str | None) -> str:
+    """Of the database that `Ledger.open(tmp_path, database_url)` opens."""
+    return database_url or f"sqlite:///{tmp_path / 'ledger.db'}"
+
+
+def test_migrations_lead_to_the_tables_of_the_schema(url: str) -> None:
+    engine = database.connect(url, connections=1)
     database.migrate(engine)
     database.migrate(engine)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), schema.metadata) == []
-        assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
-        assert connection.scalar(text("PRAGMA synchronous")) == 2
+        if url.startswith("sqlite"):
+            assert connection.scalar(text("PRAGMA journal_mode")) == "wal"
+            assert connection.scalar(text("PRAGMA synchronous")) == 2
+    engine.dispose()
     assert ScriptDirectory(MIGRATIONS).get_heads() == [database.HEAD]
 
 
-def test_a_migration_happens_whole_or_not_at_all(tmp_path: Path) -> None:
-    engine = database.connect(f"sqlite:///{tmp_path / 'ledger.db'}", connections=1)
+def test_a_migration_happens_whole_or_not_at_all(url: str) -> None:
+    engine = database.connect(url, connections=1)
     config = Config()
     config.set_main_option("script_location", MIGRATIONS)
     with engine.connect() as connection:
@@ -45,12 +54,13 @@ def test_a_migration_happens_whole_or_not_at_all(tmp_path: Path) -> None:
         command.upgrade(config, "head")
         command.downgrade(config, "base")
         assert inspect(connection).get_table_names() == ["alembic_version"]
+    engine.dispose()
 
 
 @pytest.mark.anyio
-async def test_a_ledger_of_the_first_version_is_brought_up(tmp_path: Path) -> None:
+async def test_a_ledger_of_the_first_version_is_brought_up(tmp_path: Path, url: str, database_url: str | None) -> None:
     """Its runs and checkpoints have the only optimizer that there was."""
-    engine = database.connect(f"sqlite:///{tmp_path / 'ledger.db'}", connections=1)
+    engine = database.connect(url, connections=1)
     config = Config()
     config.set_main_option("script_location", MIGRATIONS)
     lora = '{"rank": 8}'
@@ -68,12 +78,12 @@ async def test_a_ledger_of_the_first_version_is_brought_up(tmp_path: Path) -> No
         connection.execute(
             text(
                 "INSERT INTO checkpoints (path, model_id, kind, name, owner, base_model, lora, folder, size_bytes, "
-                "created_at, public) VALUES ('p', 'm', 'training', 'n', 'alice', 'base', :lora, 'f', 5, 1, 0)"
+                "created_at, public) VALUES ('p', 'm', 'training', 'n', 'alice', 'base', :lora, 'f', 5, 1, :public)"
             ),
-            {"lora": lora},
+            {"lora": lora, "public": False},
         )
     engine.dispose()
-    ledger = await Ledger.open(tmp_path)
+    ledger = await Ledger.open(tmp_path, database_url)
     try:
         model, checkpoint = await ledger.get(ModelRecord, "m"), await ledger.get(CheckpointRecord, "p")
         assert (model.optimizer, model.lora, model.applied_seq) == ("adamw", LoraConfig(rank=8), 3)
@@ -85,15 +95,17 @@ async def test_a_ledger_of_the_first_version_is_brought_up(tmp_path: Path) -> No
         command.downgrade(config, "0001")
         assert "optimizer" not in {column["name"] for column in inspect(connection).get_columns("models")}
         assert connection.scalar(text("SELECT applied_seq FROM models")) == 3
+    engine.dispose()
 
 
-def test_a_newer_ledger_is_refused(tmp_path: Path) -> None:
-    engine = database.connect(f"sqlite:///{tmp_path / 'ledger.db'}", connections=1)
+def test_a_newer_ledger_is_refused(url: str) -> None:
+    engine = database.connect(url, connections=1)
     database.migrate(engine)
     with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     with pytest.raises(database.WrongVersion, match="9999"):
         database.migrate(engine)
+    engine.dispose()
 
 
 def test_opening_a_current_ledger_does_not_load_alembic(tmp_path: Path) -> None:
@@ -116,3 +128,37 @@ async def test_a_data_directory_has_one_server(tmp_path: Path) -> None:
     await first.close()
     lock = DataDirLock(tmp_path)
     lock.release()
+
+
+@pytest.mark.anyio
+async def test_a_database_has_one_server(tmp_path: Path, postgresql: PostgreSQL, monkeypatch) -> None:
+    """Whatever its data directory: the lock is in the database."""
+    monkeypatch.setattr(database, "WRITER_LOCK_SECONDS", 0.2)
+    url = postgresql.database()
+    first = await Ledger.open(tmp_path / "first", url)
+    with pytest.raises(database.DatabaseInUse, match="in use by another server"):
+        await Ledger.open(tmp_path / "second", url)
+    await first.append("stream", 0, "sample", b"payload")
+    await first.close()
+    second = await Ledger.open(tmp_path / "second", url)
+    assert await second.highest_seq("stream") == 0
+    await second.close()
+
+
+@pytest.mark.anyio
+async def test_a_restart_of_the_database_is_outlived(tmp_path: Path, postgresql: PostgreSQL, monkeypatch) -> None:
+    """And whoever has taken the lock meanwhile keeps it."""
+    monkeypatch.setattr(database, "WRITER_LOCK_SECONDS", 0.2)
+    url = postgresql.database()
+    ledger = await Ledger.open(tmp_path / "first", url)
+    await ledger.append("stream", 0, "sample", b"payload")
+    postgresql.restart()
+    await ledger.append("stream", 1, "sample", b"payload")
+    assert [entry.seq_id for entry in await ledger.pending("stream")] == [0, 1]
+    postgresql.restart()
+    other = await Ledger.open(tmp_path / "second", url)
+    with pytest.raises(database.DatabaseInUse):
+        await ledger.append("stream", 2, "sample", b"payload")
+    await other.close()
+    await ledger.append("stream", 2, "sample", b"payload")
+    await ledger.close()

@@ -15,7 +15,7 @@ from tinkercloud.ledger import Ledger
 from tinkercloud.ledger.records import ModelRecord
 from tinkercloud.ledger.writer import SMALL_BYTES
 
-KILLS = 6
+KILLS = 4
 SIZES = [0, 10, SMALL_BYTES, SMALL_BYTES + 1, 500_000]
 
 
@@ -24,9 +24,9 @@ def content(seq_id: int, part: str) -> bytes:
     return random.Random(f"{seq_id} {part}").randbytes(SIZES[seq_id % len(SIZES)])
 
 
-async def write_until_killed(data_dir: Path) -> None:
+async def write_until_killed(data_dir: Path, url: str | None) -> None:
     """Appends in bursts and completes one by one, saying each on stdout once it is acknowledged."""
-    ledger = await Ledger.open(data_dir)
+    ledger = await Ledger.open(data_dir, url)
     await ledger.insert(model_record())
 
     async def append(seq_id: int) -> None:
@@ -46,10 +46,10 @@ async def write_until_killed(data_dir: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_every_acknowledged_write_outlives_a_kill(tmp_path: Path) -> None:
+async def test_every_acknowledged_write_outlives_a_kill(tmp_path: Path, database_url: str | None) -> None:
     program = (
         "import asyncio, pathlib; from tests.ledger.test_kill import write_until_killed; "
-        f"asyncio.run(write_until_killed(pathlib.Path({str(tmp_path)!r})))"
+        f"asyncio.run(write_until_killed(pathlib.Path({str(tmp_path)!r}), {database_url!r}))"
     )
     said: dict[str, set[int]] = {"appended": set(), "completed": set()}
     for kill in range(KILLS):
@@ -64,7 +64,7 @@ async def test_every_acknowledged_write_outlives_a_kill(tmp_path: Path) -> None:
             said[verb].add(int(seq_id))
     assert len(said["appended"]) > KILLS and said["completed"]
 
-    ledger = await Ledger.open(tmp_path)
+    ledger = await Ledger.open(tmp_path, database_url)
     pending, history = await ledger.pending(MODEL), await ledger.history(MODEL, after_seq=-1)
     assert said["appended"] <= {entry.seq_id for entry in pending + history}
     assert said["completed"] <= {entry.seq_id for entry in history}

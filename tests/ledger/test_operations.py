@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ledger.conftest import MODEL, Clock, model_record
+from tests.ledger.conftest import MODEL, Clock, OpenLedger, model_record
 from tinkercloud.codec import decode
 from tinkercloud.engine.types import Failure, LoraConfig
 from tinkercloud.ledger import Ledger
@@ -95,10 +95,10 @@ async def test_completions_come_in_order_of_completion_for_each_client(ledger: L
         assert await ledger.completions("sampler", client, after=numbers[2]) == ended[3:]
 
 
-async def test_completion_numbers_go_on_after_a_restart(tmp_path: Path) -> None:
+async def test_completion_numbers_go_on_after_a_restart(open_ledger: OpenLedger) -> None:
     numbers = []
     for seq_id in range(3):
-        ledger = await Ledger.open(tmp_path)
+        ledger = await open_ledger()
         await ledger.append(MODEL, seq_id, "sample", b"")
         numbers.append((await ledger.complete(f"{MODEL}:{seq_id}", b"r")).completion)
         await ledger.close()
@@ -158,25 +158,25 @@ async def test_an_end_and_its_records_are_one(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, SMALL_BYTES, SMALL_BYTES + 1, 3_000_000])
-async def test_blobs_of_every_size_come_back_from_disk(tmp_path: Path, size: int) -> None:
+async def test_blobs_of_every_size_come_back_from_disk(open_ledger: OpenLedger, size: int) -> None:
     payload, outcome = random.Random(size).randbytes(size), random.Random(size + 1).randbytes(size)
-    ledger = await Ledger.open(tmp_path)
+    ledger = await open_ledger()
     await ledger.append(MODEL, 0, "sample", payload)
     await ledger.complete(f"{MODEL}:0", outcome)
     await ledger.close()
-    ledger = await Ledger.open(tmp_path)
+    ledger = await open_ledger()
     assert await ledger.payload(f"{MODEL}:0") == payload
     assert await ledger.outcome(f"{MODEL}:0") == outcome
     await ledger.close()
 
 
-async def test_damage_is_an_error_and_not_a_result(tmp_path: Path) -> None:
-    ledger = await Ledger.open(tmp_path)
+async def test_damage_is_an_error_and_not_a_result(tmp_path: Path, open_ledger: OpenLedger) -> None:
+    ledger = await open_ledger()
     await ledger.append(MODEL, 0, "sample", b"x" * (SMALL_BYTES + 1))
     await ledger.close()
     (file,) = (tmp_path / "segments").iterdir()
     file.write_bytes(file.read_bytes()[:-1] + b"y")
-    ledger = await Ledger.open(tmp_path)
+    ledger = await open_ledger()
     with pytest.raises(Corrupt):
         await ledger.payload(f"{MODEL}:0")
     await ledger.close()
@@ -189,9 +189,9 @@ async def test_unknown_operations_have_nothing(ledger: Ledger) -> None:
         await ledger.payload("nobody:0")
 
 
-async def test_the_order_of_a_model_survives_a_restart(tmp_path: Path, clock: Clock) -> None:
+async def test_the_order_of_a_model_survives_a_restart(open_ledger: OpenLedger, clock: Clock) -> None:
     refusal = Failure("no", "user")
-    ledger = await Ledger.open(tmp_path, clock=clock)
+    ledger = await open_ledger(clock=clock)
     await ledger.insert(model_record())
     kinds = ["create_model", "forward_backward", "optim_step", "forward_backward", "forward_backward"]
     for seq_id, kind in enumerate(kinds):
@@ -201,7 +201,7 @@ async def test_the_order_of_a_model_survives_a_restart(tmp_path: Path, clock: Cl
     await ledger.append(MODEL, 6, "save_weights", b"")
     await ledger.append(MODEL, 5, "optim_step", b"")
     await ledger.close()
-    ledger = await Ledger.open(tmp_path)
+    ledger = await open_ledger()
     log = await ledger.model_log(MODEL)
     assert log.poisoned_by is not None and log.poisoned_by.seq_id == 3
     step, save = log.take(0.0), log.take(0.0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ledger.conftest import MODEL, Clock, model_record
+from tests.ledger.conftest import MODEL, Clock, OpenLedger, model_record
 from tinkercloud.ledger import Ledger
 from tinkercloud.ledger.records import SnapshotRecord
 from tinkercloud.ledger.retention import (
@@ -98,8 +98,10 @@ async def test_many_expire_in_several_writes(ledger: Ledger, clock: Clock) -> No
     assert await ledger.expire() == number
 
 
-async def test_an_empty_segment_file_goes_and_the_others_stay(tmp_path: Path, clock: Clock) -> None:
-    ledger = await Ledger.open(tmp_path, clock=clock)
+async def test_an_empty_segment_file_goes_and_the_others_stay(
+    tmp_path: Path, open_ledger: OpenLedger, clock: Clock
+) -> None:
+    ledger = await open_ledger(clock=clock)
     half = SEGMENT_BYTES // 4
     gone = await end(ledger, "s", 0, half)
     also_gone = await end(ledger, "s", 1, half)
@@ -114,12 +116,12 @@ async def test_an_empty_segment_file_goes_and_the_others_stay(tmp_path: Path, cl
     await ledger.expire()
     assert len(list((tmp_path / "segments").iterdir())) == 1
     await ledger.close()
-    ledger = await Ledger.open(tmp_path, clock=clock)
+    ledger = await open_ledger(clock=clock)
     assert await ledger.outcome(stays) == b"o" * half
     assert await is_expired(ledger, gone)
     new = await end(ledger, "s", 3, half)
     await ledger.close()
-    ledger = await Ledger.open(tmp_path, clock=clock)
+    ledger = await open_ledger(clock=clock)
     assert await ledger.payload(new) == b"p" * half
     await ledger.close()
 
@@ -150,14 +152,14 @@ async def test_what_is_kept_outlives_its_retrieval_and_each_keep_begins_the_time
     assert await ledger.keep([kept], day) == set()
 
 
-async def test_what_is_kept_is_kept_by_the_next_server_too(tmp_path: Path, clock: Clock) -> None:
-    ledger = await Ledger.open(tmp_path, clock=clock)
+async def test_what_is_kept_is_kept_by_the_next_server_too(open_ledger: OpenLedger, clock: Clock) -> None:
+    ledger = await open_ledger(clock=clock)
     appended = await asyncio.gather(*(ledger.append("s", n, "sample", b"p") for n in range(KEEP_ENTRIES + 1)))
     request_ids = [entry.request_id for entry in appended]
     long = 10 * UNRETRIEVED_RETENTION
     await asyncio.gather(*(ledger.complete(request_id, b"o", keep_seconds=long) for request_id in request_ids))
     await ledger.close()
-    ledger = await Ledger.open(tmp_path, clock=clock)
+    ledger = await open_ledger(clock=clock)
     clock.now += 5 * UNRETRIEVED_RETENTION
     assert await ledger.expire() == 0
     assert await ledger.keep(request_ids, 100.0) == set(request_ids)

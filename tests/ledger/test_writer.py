@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ledger.conftest import OpenLedger
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger import Ledger
 from tinkercloud.ledger.writer import SMALL_BYTES, DiskFull
@@ -55,8 +56,8 @@ async def test_a_write_whose_caller_left_still_happens_and_is_seen(ledger: Ledge
     assert await ledger.outcome("stream:0") == b"outcome"
 
 
-async def test_what_was_handed_in_before_close_is_on_disk(tmp_path: Path) -> None:
-    ledger = await Ledger.open(tmp_path)
+async def test_what_was_handed_in_before_close_is_on_disk(open_ledger: OpenLedger) -> None:
+    ledger = await open_ledger()
     large = b"x" * (SMALL_BYTES + 1)
     tasks = [asyncio.create_task(ledger.append("stream", n, "sample", large)) for n in range(50)]
     await asyncio.sleep(0)
@@ -64,7 +65,7 @@ async def test_what_was_handed_in_before_close_is_on_disk(tmp_path: Path) -> Non
     await asyncio.gather(*tasks)
     with pytest.raises(RuntimeError, match="closed"):
         await ledger.append("stream", 50, "sample", large)
-    again = await Ledger.open(tmp_path)
+    again = await open_ledger()
     assert [entry.seq_id for entry in await again.pending("stream")] == list(range(50))
     assert await again.payload("stream:49") == large
     await again.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,27 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
+from tinkercloud.errors import Unavailable
+
 HEAD = "0007"
 """The newest migration. Known here so that opening a database that is up to date need not import Alembic (0.3 s)."""
 
 BUSY_TIMEOUT = 30
 """Seconds for which a statement waits for SQLite's lock, such as while a backup copies the database."""
 
-
 CHECKPOINT_PAGES = 4096
 """Size of the write-ahead log, in pages of 4 KiB, at which SQLite copies it into the database file."""
+
+
+WRITER_LOCK = 0x74_69_6E_6B_65_72
+"""The PostgreSQL advisory lock of a database's only writer."""
+
+WRITER_LOCK_SECONDS = 5.0
+"""How long a server waits for the lock: PostgreSQL needs a moment to see that the one before was killed."""
+
+
+class DatabaseInUse(Unavailable):
+    """Another server writes to the database."""
 
 
 class WrongVersion(Exception):
@@ -74,11 +87,44 @@ def opening(url: URL) -> Iterator[None]:
 
 def connect(url: URL | str, connections: int) -> Engine:
     """An engine for `connections` concurrent users, with SQLite made durable and concurrent."""
-    engine = create_engine(url, pool_size=connections, max_overflow=0)
-    if engine.dialect.name == "sqlite":
+    # A database that was restarted has dropped its connections: they are tried before they are used.
+    is_file = make_url(url).get_backend_name() == "sqlite"
+    engine = create_engine(url, pool_size=connections, max_overflow=0, pool_pre_ping=not is_file)
+    if is_file:
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def connect_writer(url: URL | str) -> Engine:
+    """An engine of one connection, which only one process at a time can have. To open it raises `DatabaseInUse`.
+
+    The lock is the connection's: who has lost it, by a restart of PostgreSQL, must have it again before it writes.
+    SQLite's file needs none beside that of its data directory.
+    """
+    engine = connect(url, 1)
+    if engine.dialect.name == "postgresql":
+        event.listen(engine, "connect", _lock_postgresql)
+    return engine
+
+
+def _lock_postgresql(connection: Any, _record: Any) -> None:
+    deadline = time.monotonic() + WRITER_LOCK_SECONDS
+    while True:
+        cursor = connection.cursor()
+        cursor.execute(f"SELECT pg_try_advisory_lock({WRITER_LOCK})")
+        (is_ours,) = cursor.fetchone()
+        cursor.close()
+        connection.commit()  # the lock is the session's and stays
+        if is_ours:
+            return
+        if time.monotonic() > deadline:
+            connection.close()
+            raise DatabaseInUse(
+                "the database is in use by another server: stop that one, or give this one a database of its own "
+                "(database_url)"
+            )
+        time.sleep(0.1)
 
 
 def _configure_sqlite(connection: Any, _record: Any) -> None:

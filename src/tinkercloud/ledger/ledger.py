@@ -68,8 +68,8 @@ class Ledger:
     ) -> Ledger:
         """Open, or make, the ledger in a data directory. `url` is SQLAlchemy's, by default SQLite in that directory.
 
-        Raises `DataDirInUse` if another process has it open, `WrongVersion` if a newer server wrote it and
-        `UnusableDatabase` if it cannot be opened.
+        Raises `DataDirInUse` or `DatabaseInUse` if another process has it open, `WrongVersion` if a newer server wrote
+        it and `UnusableDatabase` if it cannot be opened.
         """
         opened = await asyncio.to_thread(_open, data_dir, url)
         return cls(*opened, result_retention, unretrieved_retention, clock)
@@ -77,7 +77,8 @@ class Ledger:
     def __init__(
         self,
         lock: DataDirLock,
-        engine: Engine,
+        reading: Engine,
+        writing: Engine,
         segment_writer: segments.SegmentWriter,
         last_completion: int,
         result_retention: float,
@@ -88,13 +89,13 @@ class Ledger:
         self._lock = lock
         self.downtime = max(0.0, clock() - lock.last_alive)
         """Seconds for which no server had the data directory before this one."""
-        self._engine = engine
+        self._engines = reading, writing
         self._segments = segment_writer
         self._result_retention = result_retention
         self._unretrieved_retention = unretrieved_retention
         self._clock = clock
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ledger-reader")
-        self._writer = Writer(engine, segment_writer, count(last_completion + 1))
+        self._writer = Writer(writing, segment_writer, count(last_completion + 1))
         self._recent = Recent()
         self._touches = catalog.Touches({}, {})
         self._retrieved: dict[str, float] = {}
@@ -109,7 +110,8 @@ class Ledger:
         finally:
             await self._writer.close()
             await asyncio.to_thread(self._readers.shutdown)
-            self._engine.dispose()
+            for engine in self._engines:
+                engine.dispose()
             self._segments.close()
             self._lock.release()
 
@@ -394,7 +396,7 @@ class Ledger:
 
     async def _read(self, function: Callable[..., T], *arguments: Any) -> T:
         def run() -> T:
-            with self._engine.connect() as connection:
+            with self._engines[0].connect() as connection:
                 return function(connection, *arguments)
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
@@ -444,21 +446,22 @@ def _forget(times: dict[str, float], written: dict[str, float]) -> None:
             del times[key]
 
 
-def _open(data_dir: Path, url: str | None) -> tuple[DataDirLock, Engine, segments.SegmentWriter, int]:
+def _open(data_dir: Path, url: str | None) -> tuple[DataDirLock, Engine, Engine, segments.SegmentWriter, int]:
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = DataDirLock(data_dir)
     try:
         address = database.address_in(data_dir, url)
         with database.opening(address):
-            engine = database.connect(address, READERS + 1)
-            database.migrate(engine)
+            writing = database.connect_writer(address)
+            database.migrate(writing)
+            reading = database.connect(address, READERS)
             segment_writer = segments.SegmentWriter(data_dir / "segments")
-            with engine.connect() as connection:
+            with reading.connect() as connection:
                 last_completion = entries.highest_completion(connection)
     except BaseException:
         lock.release()
         raise
-    return lock, engine, segment_writer, last_completion
+    return lock, reading, writing, segment_writer, last_completion
 
 
 def _model_log(connection: Connection, model_id: str, gap_timeout: float) -> ModelLog:

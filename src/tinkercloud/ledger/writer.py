@@ -32,6 +32,9 @@ MAX_BATCH_WRITES = 1024
 MAX_BATCH_BYTES = 64 * 2**20
 """Bytes of blobs after which a batch is closed."""
 
+_FULL_DATABASE = {sqlite3.SQLITE_FULL, "53100"}
+"""SQLite's code, and the SQLSTATE of PostgreSQL."""
+
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -155,7 +158,7 @@ class Writer:
         try:
             results = self._transact(batch)
         except Exception as error:
-            if len(batch) == 1 or isinstance(error, OSError | OperationalError):
+            if len(batch) == 1 or isinstance(error, OSError | OperationalError | Unavailable):
                 self._loop.call_soon_threadsafe(_fail, batch, _explained(error))
                 return
             middle = len(batch) // 2
@@ -198,8 +201,8 @@ def _fail(batch: list[_Write], error: Exception) -> None:
 
 def _explained(error: Exception) -> Exception:
     cause = error.orig if isinstance(error, DBAPIError) else error
-    sqlite_code = getattr(cause, "sqlite_errorcode", None)
-    if sqlite_code == sqlite3.SQLITE_FULL or (isinstance(cause, OSError) and cause.errno in _NO_SPACE):
+    code = getattr(cause, "sqlite_errorcode", None) or getattr(cause, "sqlstate", None)
+    if code in _FULL_DATABASE or (isinstance(cause, OSError) and cause.errno in _NO_SPACE):
         full = DiskFull("the server's disk is full: free space in its data directory; nothing was recorded")
         full.__cause__ = error
         return full
