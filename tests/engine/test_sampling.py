@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tests.engine.counting import fits
-from tinkercloud.engine.torch.sampling import check_params, draw, random_stream, top_logprobs
+from tinkercloud.engine.torch.sampling import check_params, draw, draw_alternatives, random_stream, top_logprobs
 from tinkercloud.engine.types import OperationError, SamplingParams
 
 LOGITS = torch.tensor([1.2, -0.3, 0.7, 2.0, 0.1, -1.5, 1.9, 0.4])
@@ -78,6 +78,16 @@ def test_a_tiny_temperature_is_greedy_and_finite():
     drawn = draw(LOGITS.repeat(3, 1), params, [0.0, 0.5, 1 - 2**-53])
     assert drawn.tokens.tolist() == [3, 3, 3]
     assert drawn.logprobs.tolist() == [0, 0, 0]
+
+
+def test_a_huge_temperature_is_uniform_over_what_is_possible():
+    logits = torch.cat([LOGITS, torch.full((3,), -math.inf)])
+    drawn = draw(logits.repeat(2, 1), [SamplingParams(1, 0, temperature=t) for t in (1e30, 1e300)], [0.0, 1 - 2**-53])
+    assert drawn.tokens.tolist() == [0, len(LOGITS) - 1]
+    np.testing.assert_allclose(drawn.logprobs, -math.log(len(LOGITS)), atol=1e-6)
+    uniforms = torch.linspace(0, 1, 200, dtype=torch.float64)[None, :-1]
+    ids = draw_alternatives(logits.log_softmax(-1)[None], 1e300, uniforms)
+    assert set(ids[0].tolist()) == set(range(len(LOGITS)))
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])

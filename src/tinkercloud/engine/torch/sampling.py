@@ -22,8 +22,7 @@ NO_LOGPROB = -99999.0
 _BLOCK = 64
 """Ids whose weights are summed together before they are looked at one by one."""
 
-_SMALLEST_TEMPERATURE = float(torch.finfo(torch.float32).tiny)
-"""Dividing float32 by less would divide by zero; the distribution is a single point long before."""
+_FLOAT32 = torch.finfo(torch.float32)
 
 _ALTERNATIVES = 2**63
 """Streams from here on are a prompt's; those below, samples'."""
@@ -81,7 +80,7 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[fl
     # Relative to the maximum, so that a tiny temperature gives -inf and 0 rather than inf - inf.
     logits = logits.sub_(logits.amax(-1, keepdim=True))
     if any(row.temperature not in (0, 1) for row in params):
-        scale = [max(row.temperature, _SMALLEST_TEMPERATURE) if row.temperature != 0 else 1.0 for row in params]
+        scale = [_divisor(row.temperature) if row.temperature != 0 else 1.0 for row in params]
         logits = logits.div_(torch.tensor(scale, dtype=torch.float32, device=logits.device)[:, None])
     weights = logits.exp()
     sums = _block_sums(weights)
@@ -99,6 +98,11 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[fl
     return Draw(tokens, logprobs, logits, normalizers)
 
 
+def _divisor(temperature: float) -> float:
+    """A temperature as float32, neither 0 nor infinite: long before, the distribution is a single point, or uniform."""
+    return min(max(temperature, _FLOAT32.tiny), _FLOAT32.max)
+
+
 def draw_alternatives(distribution: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
     """For each number in [0, 1) of `uniforms`, float64 [n, k], an id drawn with replacement at a temperature from its
     row of log-probabilities, float32 [n, V]: int64 [n, k]."""
@@ -106,7 +110,7 @@ def draw_alternatives(distribution: Tensor, temperature: float, uniforms: Tensor
         return distribution.argmax(-1, keepdim=True).expand(-1, uniforms.shape[1])
     scaled = distribution - distribution.amax(-1, keepdim=True)
     if temperature != 1:
-        scaled.div_(max(temperature, _SMALLEST_TEMPERATURE))
+        scaled.div_(_divisor(temperature))
     cumulative = scaled.exp_().cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, _below(uniforms * total, total), right=True)
