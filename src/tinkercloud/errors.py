@@ -35,6 +35,10 @@ class Ended(RequestError):
 class Overloaded(RequestError):
     """Too much is waiting; it frees itself within minutes (429 with retry-after)."""
 
+    def __init__(self, why: str, retry_seconds: int = 1) -> None:
+        super().__init__(why)
+        self.retry_seconds = retry_seconds
+
 
 class Unavailable(RequestError):
     """The server cannot do this yet, such as while an engine loads (503 with retry-after)."""

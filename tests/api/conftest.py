@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import httpx
 import numpy as np
 import pytest
 from tinker import types
 from tinker.proto.request_conv import forward_backward_request_to_proto
 
+from tests.api.tenants import Tenants
 from tests.serving import Server
 from tinkercloud.nano import FOLDER
 
@@ -94,6 +97,17 @@ class Run:
         loss = self.result(sent.json()["request_id"])["metrics"]["loss:sum"]
         assert self.result(stepped["request_id"])["metrics"]["learning_rate:mean"] == 1e-4
         return loss
+
+
+@pytest.fixture(scope="package")
+def tenants(tmp_path_factory):
+    """A server in this process, which tests share; `run` runs a coroutine with it."""
+    with asyncio.Runner() as runner:
+        started = runner.run(Tenants.start(tmp_path_factory.mktemp("tenants") / "data"))
+        started.run = lambda coroutine: runner.run(asyncio.wait_for(coroutine, 120))
+        started.things = started.run(started.begin())
+        yield started
+        runner.run(started.stop())
 
 
 @pytest.fixture

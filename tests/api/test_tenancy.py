@@ -179,17 +179,6 @@ def test_every_route_is_in_the_matrix():
     assert routes() == {f"{name.split()[0]} /api/v1{name.split()[1]}" for name in ROWS} | WITHOUT_A_KEY
 
 
-@pytest.fixture(scope="module")
-def tenants(tmp_path_factory):
-    """A server in this process, which all tests of this file share; `run` runs a coroutine with it."""
-    with asyncio.Runner() as runner:
-        started = runner.run(Tenants.start(tmp_path_factory.mktemp("tenants") / "data"))
-        started.run = lambda coroutine: runner.run(asyncio.wait_for(coroutine, 120))
-        started.things = started.run(started.begin())
-        yield started
-        runner.run(started.stop())
-
-
 def nothing_like(things: Things) -> Things:
     """Ids of the same form, of things that are not there."""
     none = Things()

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from tinkercloud.api.auth import Owner
+from tinkercloud.api.auth import Owner, caller_of
 from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.validate import sample_from
 from tinkercloud.api.wire import json as wire
@@ -60,6 +60,7 @@ async def asample(request: Request, service: ServiceOf, owner: Owner) -> dict[st
     raw = request.app.state.settings.raw_sample_logprobs
     ids = len(given.target_prompt_logprobs.data) if given.target_prompt_logprobs is not None else 0
     operation = await off_loop(8 * ids, sample_from, given, sampler.sampler_id, info, raw)
+    await service.quotas.tokens(caller_of(request).key, operation.num_tokens)
     seq_id = given.seq_id if given.sampling_session_id is not None else None
     entry = await service.samplers.sample(sampler, seq_id, operation)
     sequence_ids = [sequence_id(entry.request_id, number) for number in range(operation.num_samples)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from tinkercloud.api.auth import Owner
+from tinkercloud.api.auth import Owner, caller_of
 from tinkercloud.api.datums import operation_from, sequences_named
 from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.hub import is_hub_folder
@@ -38,9 +38,10 @@ async def create_model(request: Request, service: ServiceOf, owner: Owner) -> di
     info = await service.models.info(given.base_model)
     optimizer = optimizer_from(given.optimizer_config)
     lora = lora_from(given.lora_config, info)
-    entry = await service.runs.create(
-        session, given.model_seq_id, info.name, lora, given.user_metadata or {}, optimizer
-    )
+    async with service.quotas.new_model(caller_of(request).key, service.runs.id_of(session, given.model_seq_id)):
+        entry = await service.runs.create(
+            session, given.model_seq_id, info.name, lora, given.user_metadata or {}, optimizer
+        )
     return await accepted(service, owner, entry, "create_model")
 
 
@@ -151,7 +152,9 @@ async def _submit_batch(
         def operation() -> ForwardBackward:
             return operation_from(batch, model_id, kind == "forward", info, align, model.session_id, records)
 
-        entry = await service.runs.submit(model, seq_id, kind, await off_loop(size, operation))
+        decoded = await off_loop(size, operation)
+        await service.quotas.tokens(caller_of(request).key, decoded.num_tokens)
+        entry = await service.runs.submit(model, seq_id, kind, decoded)
     return await accepted(service, owner, entry, kind)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from tinkercloud.api.auth import Owner
+from tinkercloud.api.auth import Caller, Owner, caller_of
 from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.refusals import accepted, read_operation, recorded
 from tinkercloud.api.validate import check_name, optimizer_from
@@ -28,6 +28,7 @@ async def save_weights(request: Request, service: ServiceOf, owner: Owner) -> di
     async with recorded(service, model, address.seq_id, "save_weights"):
         given = as_request(wire.SaveWeights, raw)
         check_name(given.path, given.ttl_seconds)
+        await service.quotas.storage(caller_of(request).key)
         entry = await service.runs.save_weights(
             model,
             given.seq_id,
@@ -54,6 +55,7 @@ async def save_weights_for_sampler(request: Request, service: ServiceOf, owner: 
         if given.sampling_session_seq_id is not None and given.path is None:
             entry = await service.runs.save_ephemeral_sampler(model, given.seq_id, given.sampling_session_seq_id)
         elif given.sampling_session_seq_id is None:
+            await service.quotas.storage(caller_of(request).key)
             entry = await service.runs.save_weights(
                 model,
                 given.seq_id,
@@ -73,7 +75,7 @@ async def load_weights(request: Request, service: ServiceOf, owner: Owner) -> di
     """Load a checkpoint into a training run (`model_id`), or start one from it (`session_id` and `model_seq_id`)."""
     raw = await read_operation(request, service, owner, "load_weights")
     if raw.get("model_id") is None:
-        return await _create_from(service, owner, as_request(wire.LoadWeights, raw))
+        return await _create_from(service, caller_of(request), as_request(wire.LoadWeights, raw))
     address = as_request(wire.Address, raw)
     model = await service.runs.live(address.model_id, owner)
     async with recorded(service, model, address.seq_id, "load_weights"):
@@ -90,7 +92,8 @@ async def load_weights(request: Request, service: ServiceOf, owner: Owner) -> di
     return await accepted(service, owner, entry, "load_weights")
 
 
-async def _create_from(service: Service, owner: str, given: wire.LoadWeights) -> dict[str, Any]:
+async def _create_from(service: Service, caller: Caller, given: wire.LoadWeights) -> dict[str, Any]:
+    owner = caller.owner
     if given.session_id is None or given.model_seq_id is None:
         raise InvalidRequest("send model_id and seq_id to load into a training run, or session_id and model_seq_id")
     session = await service.sessions.active(given.session_id, owner)
@@ -102,9 +105,10 @@ async def _create_from(service: Service, owner: str, given: wire.LoadWeights) ->
         if first is None:
             raise
         return await accepted(service, owner, first, "load_weights")
-    entry = await service.runs.create_from(
-        session, given.model_seq_id, checkpoint, given.optimizer, given.user_metadata or {}, optimizer
-    )
+    async with service.quotas.new_model(caller.key, service.runs.id_of(session, given.model_seq_id)):
+        entry = await service.runs.create_from(
+            session, given.model_seq_id, checkpoint, given.optimizer, given.user_metadata or {}, optimizer
+        )
     return await accepted(service, owner, entry, "load_weights")
 
 

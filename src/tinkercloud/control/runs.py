@@ -109,7 +109,12 @@ class TrainingRuns:
 
     async def created(self, session: SessionRecord, model_seq_id: int) -> Entry | None:
         """How a training run was begun; None if it was not."""
-        return await self._ledger.entry(request_id(_model_id(session, model_seq_id), 0))
+        return await self._ledger.entry(request_id(self.id_of(session, model_seq_id), 0))
+
+    @staticmethod
+    def id_of(session: SessionRecord, model_seq_id: int) -> str:
+        """What a session's training run is called, whether there is one or not."""
+        return f"{session.session_id}:train:{model_seq_id}"
 
     async def find(self, model_id: str, owner: str) -> ModelRecord:
         """A model's record, also after it was unloaded. NotFound if there is none."""
@@ -237,7 +242,7 @@ class TrainingRuns:
     ) -> ModelRecord:
         now = time.time()
         return ModelRecord(
-            model_id=_model_id(session, model_seq_id),
+            model_id=self.id_of(session, model_seq_id),
             session_id=session.session_id,
             model_seq_id=model_seq_id,
             owner=session.owner,
@@ -301,10 +306,6 @@ class TrainingRuns:
         """Hand an entry over; one whose base model is not served now is taken up when that is served again."""
         if not entry.repeated and model.base_model in self._models:
             await self._models.get(model.base_model).conductor.accept(entry)
-
-
-def _model_id(session: SessionRecord, model_seq_id: int) -> str:
-    return f"{session.session_id}:train:{model_seq_id}"
 
 
 def _last_possible(model: ModelRecord) -> int:

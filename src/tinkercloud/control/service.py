@@ -18,6 +18,7 @@ from tinkercloud.control.checkpoints import Checkpoints
 from tinkercloud.control.engines import OnProgress
 from tinkercloud.control.futures import Futures
 from tinkercloud.control.keys import Keys
+from tinkercloud.control.quotas import Quotas
 from tinkercloud.control.runs import TrainingRuns
 from tinkercloud.control.sampler_keeper import SamplerKeeper
 from tinkercloud.control.samplers import Samplers
@@ -51,6 +52,7 @@ class Service:
             ledger, self.models, self.sessions, self.checkpoints, self._keeper, settings.max_pending_samples
         )
         self.futures = Futures(ledger, self._arrivals, self.models)
+        self.quotas = Quotas(ledger)
         self.stability = StabilityRecords(ledger, settings.stability_retention_seconds)
 
     @classmethod

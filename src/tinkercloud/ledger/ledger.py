@@ -332,6 +332,18 @@ class Ledger:
         """All tokens that were computed for an owner in the hours that begin at `start` or later."""
         return await self._read(usage.total, owner, start)
 
+    async def pending_tokens(self, owner: str) -> int:
+        """Tokens of an owner's operations that were accepted and have not ended; of samples, those of the prompts."""
+        return await self._read(usage.pending_tokens, owner)
+
+    async def live_models(self, owner: str) -> int:
+        """How many training runs of an owner have not ended, in sessions that are alive."""
+        return await self._read(usage.live_models, owner)
+
+    async def stored_bytes(self, owner: str, now: float) -> tuple[int, float | None]:
+        """(bytes of an owner's checkpoints; when the next of them expires)."""
+        return await self._read(usage.stored_bytes, owner, now)
+
     # ------------------------------------------------------------ what may wait a little for the disk
 
     def heartbeat(self, session_id: str) -> None:

@@ -1,0 +1,99 @@
+"""What a key lets its user have: training runs at a time, bytes of checkpoints, tokens a day.
+
+A key without limits costs nothing here. Limits are of the key that a request came with, over all that its user has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+
+from msgspec import Struct
+
+from tinkercloud.errors import Forbidden, Overloaded
+from tinkercloud.ledger.ledger import Ledger
+from tinkercloud.ledger.records import KeyRecord, ModelRecord
+
+DAY_SECONDS = 86400
+KNOWN_SECONDS = 1.0
+"""How long what an owner has used is taken for known; what is let in meanwhile is added to it."""
+
+RETRY_SECONDS = 15
+"""When to ask again for a training run; a session that is closed or silent frees its own within two minutes."""
+
+
+class _Used(Struct):
+    """Tokens of an owner's day, as far as it is known."""
+
+    tokens: int
+    day: float
+    read_at: float
+
+
+class Quotas:
+    """Refuses what would be beyond a key's limits, with a sentence that says which, how much, and until when."""
+
+    def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.time):
+        self._ledger = ledger
+        self._clock = clock
+        self._making = asyncio.Lock()
+        self._used: dict[str, _Used] = {}
+
+    @asynccontextmanager
+    async def new_model(self, key: KeyRecord | None, model_id: str) -> AsyncIterator[None]:
+        """To be entered while a training run is made; a repeat of one that is there is always let in. Overloaded."""
+        if key is None or key.max_models is None:
+            yield
+            return
+        async with self._making:  # so that two at once are not both the last one
+            alive = await self._ledger.live_models(key.owner)
+            if alive >= key.max_models and await self._ledger.get(ModelRecord, model_id) is None:
+                raise Overloaded(
+                    f"user {key.owner} has {alive} training runs in live sessions, and key {key.hint}… allows "
+                    f"{key.max_models} at a time (max_models); this one can be made when the session of another is "
+                    "closed, or has been silent for two minutes",
+                    retry_seconds=RETRY_SECONDS,
+                )
+            yield
+
+    async def storage(self, key: KeyRecord | None) -> None:
+        """Before something is saved. Forbidden."""
+        if key is None or key.max_storage_bytes is None:
+            return
+        stored, frees_at = await self._ledger.stored_bytes(key.owner, self._clock())
+        if stored >= key.max_storage_bytes:
+            until = "" if frees_at is None else f"; the next one expires at {_utc(frees_at)}"
+            raise Forbidden(
+                f"the checkpoints of user {key.owner} take {stored} bytes, and key {key.hint}… allows "
+                f"{key.max_storage_bytes} (max_storage): nothing more can be saved until some are deleted{until}"
+            )
+
+    async def tokens(self, key: KeyRecord | None, more: int) -> None:
+        """Before `more` tokens are computed. Forbidden."""
+        if key is None or key.max_daily_tokens is None:
+            return
+        used = await self._used_today(key.owner)
+        if used.tokens + more > key.max_daily_tokens:
+            raise Forbidden(
+                f"user {key.owner} has used {used.tokens} tokens today, this request has {more}, and key {key.hint}… "
+                f"allows {key.max_daily_tokens} a day (max_daily_tokens); they are counted anew from "
+                f"{_utc(used.day + DAY_SECONDS)}"
+            )
+        used.tokens += more
+
+    async def _used_today(self, owner: str) -> _Used:
+        """What has been computed, and what was accepted and has still to be."""
+        now = self._clock()
+        day = now // DAY_SECONDS * DAY_SECONDS
+        known = self._used.get(owner)
+        if known is None or known.day != day or now - known.read_at > KNOWN_SECONDS:
+            tokens = await self._ledger.tokens_since(day, owner) + await self._ledger.pending_tokens(owner)
+            known = self._used[owner] = _Used(tokens, day, now)
+        return known
+
+
+def _utc(when: float) -> str:
+    return f"{datetime.fromtimestamp(when, UTC):%Y-%m-%d %H:%M} UTC"

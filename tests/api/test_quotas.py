@@ -1,0 +1,98 @@
+"""What a key's limits refuse, and when it goes on."""
+
+import time
+
+from tests.api.tenants import NANO, Tenants, json_batch, make_key
+from tinkercloud.control.quotas import DAY_SECONDS
+
+RANK = {"rank": 2, "seed": 1}
+
+
+async def user(tenants: Tenants, name: str, **limits) -> str:
+    """A session of a new user, who is called so from now on."""
+    tenants.secrets[name], _ = make_key(tenants.data_dir, name, **limits)
+    await tenants.service.keys.refresh()
+    return (await tenants.post("/create_session", name, sdk_version="x"))["session_id"]
+
+
+def test_training_runs_at_a_time(tenants):
+    async def story():
+        session = await user(tenants, "carol", max_models=1)
+        make = {"session_id": session, "base_model": NANO, "lora_config": RANK}
+        first = await tenants.post("/create_model", "carol", model_seq_id=0, **make)
+        assert await tenants.post("/create_model", "carol", model_seq_id=0, **make) == first, "a repeat"
+        answer = await tenants.ask("carol", "POST", "/create_model", make | {"model_seq_id": 1})
+        assert answer.status_code == 429 and int(answer.headers["retry-after"]) > 1
+        for part in ("carol", "max_models", "has 1 training runs", "allows 1"):
+            assert part in answer.json()["detail"]
+        await tenants.post(f"/sessions/{session}/finish", "carol", reason={"type": "success"})
+        make["session_id"] = (await tenants.post("/create_session", "carol", sdk_version="x"))["session_id"]
+        await tenants.post("/create_model", "carol", model_seq_id=0, **make)
+
+    tenants.run(story())
+
+
+def test_bytes_of_checkpoints(tenants):
+    async def story():
+        await user(tenants, "dave", max_storage_bytes=1)
+        things = await tenants.begin("dave")
+        save = {"model_id": things.run, "seq_id": 2, "path": "second", "ttl_seconds": 7200}
+        for _ in range(2):  # a repeat too
+            answer = await tenants.ask("dave", "POST", "/save_weights", save)
+            assert answer.status_code == 403, answer.text
+            for part in ("dave", "max_storage", "until some are deleted"):
+                assert part in answer.json()["detail"]
+        sampler = await tenants.ask("dave", "POST", "/save_weights_for_sampler", save | {"seq_id": 3})
+        assert sampler.status_code == 403
+        # The refusals have used up their seq_ids: training goes on behind them.
+        stepped = await tenants.post("/optim_step", "dave", model_id=things.run, seq_id=4, adam_params={})
+        assert "no gradients" not in (await tenants.result(stepped, "dave")).get("error", "")
+
+    tenants.run(story())
+
+
+def test_tokens_a_day(tenants, monkeypatch):
+    async def story():
+        await user(tenants, "erin", max_daily_tokens=7)
+        things = await tenants.begin("erin")
+        send = {"model_id": things.run, "forward_backward_input": json_batch()}
+        for seq_id in (2, 3):
+            trained = await tenants.post("/forward_backward", "erin", seq_id=seq_id, **send)
+        assert "loss_fn_outputs" in await tenants.result(trained, "erin")
+        refused = await tenants.ask("erin", "POST", "/forward_backward", send | {"seq_id": 4})
+        sample = {
+            "sampling_session_id": things.sampler,
+            "seq_id": 0,
+            "prompt": {"chunks": [{"type": "encoded_text", "tokens": [5, 6]}]},
+            "sampling_params": {"max_tokens": 1},
+        }
+        also = await tenants.ask("erin", "POST", "/asample", sample)
+        tomorrow = time.strftime("%Y-%m-%d 00:00 UTC", time.gmtime(time.time() + DAY_SECONDS))
+        for answer in (refused, also):
+            assert answer.status_code == 403, answer.text
+            for part in ("erin has used 6 tokens", "allows 7 a day", "max_daily_tokens", tomorrow):
+                assert part in answer.json()["detail"]
+        monkeypatch.setattr(tenants.service.quotas, "_clock", lambda: time.time() + DAY_SECONDS)
+        assert (await tenants.ask("erin", "POST", "/asample", sample)).status_code == 200
+
+    tenants.run(story())
+
+
+def test_what_was_accepted_and_has_not_run_counts(tenants):
+    async def story():
+        await user(tenants, "frank", max_daily_tokens=7)
+        things = await tenants.begin("frank")
+        send = {"model_id": things.run, "forward_backward_input": json_batch()}
+        # They wait for seq_id 2, which does not come.
+        statuses = [
+            (await tenants.ask("frank", "POST", "/forward_backward", send | {"seq_id": 3 + seq})).status_code
+            for seq in range(2)
+        ]
+        assert statuses == [200, 200]
+        tenants.service.quotas._used.clear()
+        late = await tenants.ask(
+            "frank", "POST", "/forward", {"model_id": things.run, "seq_id": 2, "forward_input": json_batch()}
+        )
+        assert late.status_code == 403 and "used 6 tokens" in late.text
+
+    tenants.run(story())
