@@ -52,7 +52,7 @@ def test_help_does_not_load_torch():
 def test_every_command_has_help():
     top = run("--help")
     assert top.returncode == 0
-    for command in ("serve", "demo", "doctor", "fsck", "keys", "models", "checkpoints", "version"):
+    for command in ("serve", "demo", "doctor", "fsck", "keys", "models", "checkpoints", "sessions", "version"):
         assert command in top.stdout
         assert run(command, "--help").returncode == 0
 

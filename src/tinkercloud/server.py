@@ -16,6 +16,7 @@ sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 import uvicorn
 
+from tinkercloud.api import tokens
 from tinkercloud.api.app import create_app
 from tinkercloud.config import Settings, server_url
 from tinkercloud.control.conductor import Unfinished
@@ -76,6 +77,7 @@ async def _serve(
         raise StartError(
             f"the data folder cannot be used: {where}: {error.strerror}; give another --data-dir"
         ) from None
+    tokens.secret(settings.data_dir)  # from the start, since commands on this machine sign with it
     config = uvicorn.Config(
         create_app(service, settings),
         log_config=None,

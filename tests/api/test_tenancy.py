@@ -143,6 +143,12 @@ ROWS: dict[str, Row] = {
     "POST /admin/models": only_operators("/admin/models", {"name": "a/b"}),
     "DELETE /admin/models/{name:path}": only_operators("/admin/models/a/b"),
     "POST /admin/checkpoints/import": only_operators("/admin/checkpoints/import", {"folder": "/", "name": "x"}),
+    "GET /admin/sessions": only_operators("/admin/sessions"),
+    "POST /admin/sessions/{session_id}/stop": only_operators("/admin/sessions/x/stop", {}),
+    "POST /admin/sessions/{session_id}/drain": only_operators("/admin/sessions/x/drain", {}),
+    "POST /admin/training_runs/{model_id}/stop": only_operators("/admin/training_runs/x/stop", {}),
+    "POST /admin/samplers/{sampler_id}/stop": only_operators("/admin/samplers/x/stop", {}),
+    "GET /audit": only_operators("/audit"),
     "DELETE /auth/apikey/me": of_the_caller("/auth/apikey/me")._replace(ends=True),
 }
 

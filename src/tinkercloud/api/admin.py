@@ -1,4 +1,5 @@
-"""What the operator changes while the server runs: the command line's `models` and `checkpoints import`.
+"""What the operator changes while the server runs: the command line's `models`, `sessions` and `checkpoints
+import`.
 
 Only for operators: with keys, whoever has one that was made with `--operator`, and commands that can read the data
 directory; without, whoever may reach the server itself. Bodies must say that they are JSON, and without keys requests
@@ -14,14 +15,18 @@ from fastapi import APIRouter, Depends, Request
 from msgspec import to_builtins
 from pydantic import ValidationError
 
+from tinkercloud.api.audit import Event
 from tinkercloud.api.auth import Owner, require_operator
-from tinkercloud.api.dependencies import ServiceOf, body_of
+from tinkercloud.api.dependencies import Limit, Offset, ServiceOf, body_of
 from tinkercloud.api.validate import check_name
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.reading import read, read_json
 from tinkercloud.base_models import ModelError, missing_tokenizer
 from tinkercloud.config import ModelSettings, is_loopback, sentences
 from tinkercloud.errors import Forbidden, InvalidRequest
+
+DRAIN_SECONDS = 60
+"""How long one request waits for a session to drain."""
 
 
 def _from_the_operator(request: Request) -> None:
@@ -53,7 +58,7 @@ async def list_models(service: ServiceOf) -> dict[str, Any]:
     }
 
 
-@router.post("/models", openapi_extra=body_of(wire.AddModel))
+@router.post("/models", openapi_extra=body_of(wire.AddModel), dependencies=[Depends(Event("base_model_add"))])
 async def add_model(request: Request, service: ServiceOf) -> dict[str, Any]:
     """Serve one more base model, also after the next start; answers when it is loaded (a lazy one at once).
 
@@ -70,17 +75,58 @@ async def add_model(request: Request, service: ServiceOf) -> dict[str, Any]:
     return {"name": model.name, "state": state, "warning": missing_tokenizer(model.name, model.source)}
 
 
-@router.delete("/models/{name:path}")
+@router.delete("/models/{name:path}", dependencies=[Depends(Event("base_model_remove"))])
 async def remove_model(name: str, service: ServiceOf) -> dict[str, Any]:
     """Stop serving a base model after what is running on it, and forget that it was added; its training runs wait for
     a model of its name, and its checkpoints stay on disk."""
     return {"name": name, "waiting_runs": await service.models.remove(name)}
 
 
-@router.post("/checkpoints/import", openapi_extra=body_of(wire.ImportCheckpoint))
+@router.post(
+    "/checkpoints/import",
+    openapi_extra=body_of(wire.ImportCheckpoint),
+    dependencies=[Depends(Event("checkpoint_import"))],
+)
 async def import_checkpoint(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Take in an adapter in PEFT's layout from a folder of the server's machine, to sample from or to train on."""
     given = await read(request, wire.ImportCheckpoint)
     check_name(given.name, None)
     checkpoint = await service.checkpoints.import_folder(Path(given.folder), given.name, given.base_model, owner)
     return {"path": checkpoint.path}
+
+
+@router.get("/sessions")
+async def list_all_sessions(
+    service: ServiceOf, finished: bool = False, limit: Limit = 100, offset: Offset = 0
+) -> dict[str, Any]:
+    """A page of all users' sessions, newest first, with their training runs and samplers; those that have not finished,
+    or all. Times are seconds since the epoch."""
+    return {"sessions": await service.operator.list(finished, limit, offset)}
+
+
+@router.post("/sessions/{session_id}/stop", dependencies=[Depends(Event("session_stop"))])
+async def stop_session(session_id: str, service: ServiceOf) -> dict[str, Any]:
+    """End any user's session now: what waits in it fails, its checkpoints stay."""
+    await service.operator.stop_session(session_id)
+    return {"stopped": session_id}
+
+
+@router.post("/sessions/{session_id}/drain", dependencies=[Depends(Event("session_drain"))])
+async def drain_session(session_id: str, service: ServiceOf) -> dict[str, Any]:
+    """End any user's session when everything that it was promised has run; nothing new is taken in by its training
+    runs. `drained` is false if that takes longer than a request may: ask again."""
+    return {"drained": await service.operator.drain_session(session_id, DRAIN_SECONDS)}
+
+
+@router.post("/training_runs/{model_id}/stop", dependencies=[Depends(Event("training_run_stop"))])
+async def stop_training_run(model_id: str, service: ServiceOf) -> dict[str, Any]:
+    """End any user's training run now: what waits in its log fails, its checkpoints stay."""
+    await service.operator.stop_run(model_id)
+    return {"stopped": model_id}
+
+
+@router.post("/samplers/{sampler_id}/stop", dependencies=[Depends(Event("sampler_stop"))])
+async def stop_sampler(sampler_id: str, service: ServiceOf) -> dict[str, Any]:
+    """Remove any user's sampler now: what it draws is cancelled."""
+    await service.operator.stop_sampler(sampler_id)
+    return {"stopped": sampler_id}

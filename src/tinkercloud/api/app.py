@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 import tinkercloud
 from tinkercloud.api import (
     admin,
+    audit,
     auth,
     checkpoints,
     client_config,
@@ -45,6 +46,7 @@ RESOURCES = (
     runs,
     checkpoints,
     admin,
+    audit,
 )
 
 
@@ -60,6 +62,7 @@ def create_app(service: Service, settings: Settings) -> FastAPI:
     app.include_router(hub.router, prefix="/hf")
     errors.install(app)
     refusals.install(app)
+    app.add_middleware(audit.Audit)
     app.add_middleware(doors.BodyBudget, settings=settings)
     app.add_middleware(auth.Authentication, settings=settings)
     app.add_middleware(doors.HostCheck, settings=settings)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 
 from tinkercloud.api import tokens
+from tinkercloud.api.audit import Event
 from tinkercloud.api.auth import caller_of
 from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.wire import json as wire
@@ -16,7 +17,6 @@ from tinkercloud.errors import InvalidRequest
 router = APIRouter(tags=["client"])
 
 FLAGS = {
-    "pjwt_auth_enabled": False,
     "parallel_fwdbwd_chunks": True,
     "proto_compress_fwdbwd": True,
     "proto_write_fwdbwd": True,  # SDKs before 0.23 send JSON without it, and to /forward without the next
@@ -34,10 +34,14 @@ DYNAMIC_FLAGS = {"refresh_interval_sec": 300, "sample_cancel_enabled": False}
 
 
 @router.post("/client/config", openapi_extra=body_of(wire.ClientConfig))
-async def client_config(request: Request) -> dict[str, Any]:
-    """Flags that an SDK reads when it starts; the same for every version, since each ignores what it does not know."""
+async def client_config(request: Request, service: ServiceOf) -> dict[str, Any]:
+    """Flags that an SDK reads when it starts; the same for every version, since each ignores what it does not know.
+    With keys, SDKs exchange theirs for tokens."""
     await read(request, wire.ClientConfig)
-    return FLAGS | {"custom_loss_server_side": request.app.state.settings.custom_loss_server_side}
+    return FLAGS | {
+        "pjwt_auth_enabled": service.keys.configured,
+        "custom_loss_server_side": request.app.state.settings.custom_loss_server_side,
+    }
 
 
 @router.post("/client/dynamic_config", openapi_extra=body_of(wire.ClientConfig))
@@ -69,7 +73,7 @@ async def get_own_key(request: Request) -> dict[str, Any]:
     }
 
 
-@router.delete("/auth/apikey/me")
+@router.delete("/auth/apikey/me", dependencies=[Depends(Event("key_revoke"))])
 async def revoke_own_key(request: Request, service: ServiceOf) -> dict[str, Any]:
     """Revoke the key of this request, and no other one."""
     key = caller_of(request).key

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 
+from tinkercloud.api.audit import Event
 from tinkercloud.api.auth import Owner, caller_of
 from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.validate import sample_from
@@ -18,7 +19,11 @@ from tinkercloud.errors import InvalidRequest
 router = APIRouter(tags=["sampling"])
 
 
-@router.post("/create_sampling_session", openapi_extra=body_of(wire.CreateSamplingSession))
+@router.post(
+    "/create_sampling_session",
+    openapi_extra=body_of(wire.CreateSamplingSession),
+    dependencies=[Depends(Event("sampler_create"))],
+)
 async def create_sampling_session(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """A sampler of a checkpoint (`model_path`) or of a base model. Its weights never change."""
     given = await read(request, wire.CreateSamplingSession)

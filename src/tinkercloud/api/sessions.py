@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 
+from tinkercloud.api.audit import Event, note
 from tinkercloud.api.auth import Owner
 from tinkercloud.api.dependencies import Limit, Offset, ServiceOf, body_of
 from tinkercloud.api.wire import json as wire
@@ -15,7 +16,9 @@ from tinkercloud.api.wire.reading import read
 router = APIRouter(tags=["sessions"])
 
 
-@router.post("/create_session", openapi_extra=body_of(wire.CreateSession))
+@router.post(
+    "/create_session", openapi_extra=body_of(wire.CreateSession), dependencies=[Depends(Event("session_create"))]
+)
 async def create_session(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Open a session; training runs and samplers live in one."""
     given = await read(request, wire.CreateSession)
@@ -27,6 +30,7 @@ async def create_session(request: Request, service: ServiceOf, owner: Owner) -> 
         project_id=given.project_id,
         display_name=given.display_name,
     )
+    note(request, session_id=session.session_id)
     return {"type": "create_session", "session_id": session.session_id}
 
 
@@ -38,7 +42,11 @@ async def session_heartbeat(request: Request, service: ServiceOf, owner: Owner) 
     return {"type": "session_heartbeat"}
 
 
-@router.post("/sessions/{session_id}/finish", openapi_extra=body_of(wire.FinishSession))
+@router.post(
+    "/sessions/{session_id}/finish",
+    openapi_extra=body_of(wire.FinishSession),
+    dependencies=[Depends(Event("session_finish"))],
+)
 async def finish_session(session_id: str, request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """End a session for good; the first reason stays."""
     given = await read(request, wire.FinishSession)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 
+from tinkercloud.api.audit import Event
 from tinkercloud.api.auth import Owner, caller_of
 from tinkercloud.api.datums import operation_from, sequences_named
 from tinkercloud.api.dependencies import ServiceOf, body_of
@@ -30,7 +31,9 @@ QUICKSTART_HEADER = "x-tinker-gmi"
 """Sent by `tinker_gmi`: targets may have another length than the input."""
 
 
-@router.post("/create_model", openapi_extra=body_of(wire.CreateModel))
+@router.post(
+    "/create_model", openapi_extra=body_of(wire.CreateModel), dependencies=[Depends(Event("training_run_create"))]
+)
 async def create_model(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Start a training run: a fresh LoRA adapter over a base model."""
     given = await read(request, wire.CreateModel)
@@ -78,7 +81,9 @@ def tokenizer_id(info: BaseModelInfo, request: Request) -> str:
     return info.folder if here and not is_hub_folder(info) and ":" not in info.folder else info.name
 
 
-@router.post("/unload_model", openapi_extra=body_of(wire.ModelAddress))
+@router.post(
+    "/unload_model", openapi_extra=body_of(wire.ModelAddress), dependencies=[Depends(Event("training_run_unload"))]
+)
 async def unload_model(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """End a training run, after everything before it has run. Its checkpoints stay."""
     given = await read(request, wire.ModelAddress)

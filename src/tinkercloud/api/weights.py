@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 
+from tinkercloud.api.audit import Event, leave_out
 from tinkercloud.api.auth import Caller, Owner, caller_of
 from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.refusals import accepted, read_operation, recorded
@@ -19,7 +20,9 @@ from tinkercloud.ledger.records import CheckpointRecord
 router = APIRouter(tags=["weights"])
 
 
-@router.post("/save_weights", openapi_extra=body_of(wire.SaveWeights))
+@router.post(
+    "/save_weights", openapi_extra=body_of(wire.SaveWeights), dependencies=[Depends(Event("checkpoint_create"))]
+)
 async def save_weights(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Save weights and optimizer state, to go on training from."""
     raw = await read_operation(request, service, owner, "save_weights")
@@ -41,7 +44,11 @@ async def save_weights(request: Request, service: ServiceOf, owner: Owner) -> di
     return await accepted(service, owner, entry, "save_weights")
 
 
-@router.post("/save_weights_for_sampler", openapi_extra=body_of(wire.SaveWeightsForSampler))
+@router.post(
+    "/save_weights_for_sampler",
+    openapi_extra=body_of(wire.SaveWeightsForSampler),
+    dependencies=[Depends(Event("checkpoint_create"))],
+)
 async def save_weights_for_sampler(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Save weights to sample from: as a checkpoint by `path`, or as a sampling session by `sampling_session_seq_id`."""
     raw = await read_operation(request, service, owner, "save_weights_for_sampler")
@@ -53,6 +60,7 @@ async def save_weights_for_sampler(request: Request, service: ServiceOf, owner: 
             raise InvalidRequest(f"kind {given.kind!r:.80} is not served; use 'snapshot', which keeps its weights")
         check_name(given.path, given.ttl_seconds)
         if given.sampling_session_seq_id is not None and given.path is None:
+            leave_out(request)  # one for each step of a reinforcement learning loop
             entry = await service.runs.save_ephemeral_sampler(model, given.seq_id, given.sampling_session_seq_id)
         elif given.sampling_session_seq_id is None:
             await service.quotas.storage(caller_of(request).key)
@@ -70,7 +78,7 @@ async def save_weights_for_sampler(request: Request, service: ServiceOf, owner: 
     return await accepted(service, owner, entry, "save_weights_for_sampler")
 
 
-@router.post("/load_weights", openapi_extra=body_of(wire.LoadWeights))
+@router.post("/load_weights", openapi_extra=body_of(wire.LoadWeights), dependencies=[Depends(Event("checkpoint_read"))])
 async def load_weights(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Load a checkpoint into a training run (`model_id`), or start one from it (`session_id` and `model_seq_id`)."""
     raw = await read_operation(request, service, owner, "load_weights")

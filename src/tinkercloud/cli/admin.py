@@ -1,4 +1,4 @@
-"""`tinkercloud models` and `tinkercloud checkpoints`: what can be changed while the server runs."""
+"""`tinkercloud models`, `checkpoints` and `sessions`: what can be changed while the server runs."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ REQUEST_SECONDS = 600.0
 
 PAGE = 1000
 """Checkpoints asked for at a time: the most that the server gives."""
+
+sessions = typer.Typer(
+    help="List, drain or stop any user's sessions, training runs and samplers.", no_args_is_help=True
+)
 
 Url = Annotated[
     str | None,
@@ -114,6 +118,52 @@ def import_checkpoint(
     body = {"folder": str(folder.resolve()), "base_model": base_model, "name": name or folder.resolve().name}
     answer = _ask(url, "POST", "/api/v1/admin/checkpoints/import", "path", body)
     out.print(answer["path"], soft_wrap=True)
+
+
+@sessions.command("list")
+def list_sessions(
+    everything: Annotated[bool, typer.Option("--all", help="Those that have finished too.")] = False, url: Url = None
+) -> None:
+    """Show all users' sessions, newest first, and below each its training runs and samplers."""
+    rows = [("id", "user", "state", "last heard of", "what")]
+    page = None
+    offset = 0
+    while page is None or len(page) == PAGE:
+        wanted = f"finished={str(everything).lower()}&limit={PAGE}&offset={offset}"
+        page = _ask(url, "GET", f"/api/v1/admin/sessions?{wanted}", "sessions")["sessions"]
+        offset += len(page)
+        for session in page:
+            heard = f"{datetime.fromtimestamp(session['last_heartbeat']):%Y-%m-%d %H:%M}"
+            project = f"project {session['project_id']}" if session["project_id"] else "session"
+            rows.append((session["session_id"], session["owner"], session["state"], heard, project))
+            for run in session["training_runs"]:
+                what = f"training run of {run['base_model']}, {run['applied_seq'] + 1} operations"
+                rows.append((f"  {run['model_id']}", "", run["state"], "", what))
+            for sampler in session["samplers"]:
+                rows.append((f"  {sampler['sampler_id']}", "", "", "", f"sampler of {sampler['base_model']}"))
+    if not rows[1:]:
+        err.print("No sessions.")
+        return
+    print_columns(rows)
+
+
+Id = Annotated[str, typer.Argument(help="As `sessions list` shows it.")]
+
+
+@sessions.command("drain")
+def drain_session(session_id: Id, url: Url = None) -> None:
+    """End a session when everything that was accepted has run; its training runs take in nothing new meanwhile."""
+    while not _ask(url, "POST", f"/api/v1/admin/sessions/{quote(session_id)}/drain", "drained", {})["drained"]:
+        err.print("Operations of this session still run ...")
+    out.print(f"{session_id} has ended; its checkpoints are still there.", soft_wrap=True)
+
+
+@sessions.command("stop")
+def stop_session(target: Id, url: Url = None) -> None:
+    """End a session, training run or sampler now: what waits in it fails; checkpoints stay."""
+    kind = "training_runs" if ":train:" in target else "samplers" if ":sample:" in target else "sessions"
+    _ask(url, "POST", f"/api/v1/admin/{kind}/{quote(target)}/stop", "stopped", {})
+    out.print(f"{target} is stopped.", soft_wrap=True)
 
 
 def _ask(url: str | None, method: str, path: str, answered: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -24,6 +24,7 @@ app.command()(fsck.fsck)
 app.add_typer(keys.keys, name="keys")
 app.add_typer(admin.models, name="models")
 app.add_typer(admin.checkpoints, name="checkpoints")
+app.add_typer(admin.sessions, name="sessions")
 app.command()(version.version)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -230,17 +230,18 @@ class BaseModels:
                 for entry in await self._ledger.pending(stream):
                     served.desk.start(entry, sampler)
 
-    async def end_runs(self, runs: list[ModelRecord]) -> None:
-        """Let go of the runs of a finished session, also of those whose base model is not served now."""
+    async def end_runs(self, runs: list[ModelRecord], why: Callable[[str], str] = finished) -> None:
+        """Let go of the runs of a finished session, also of those whose base model is not served now. What waits in
+        their logs fails with `why` of its run's id."""
         by_base_model: defaultdict[str, list[str]] = defaultdict(list)
         for run in runs:
             by_base_model[run.base_model].append(run.model_id)
         for name, model_ids in by_base_model.items():
             if name in self:
-                await self.get(name).conductor.end_runs(model_ids)
+                await self.get(name).conductor.end_runs(model_ids, why)
             else:
                 for model_id in model_ids:
-                    await self._run_end.end(model_id, finished(model_id))
+                    await self._run_end.end(model_id, why(model_id))
 
     async def complete_ends(self) -> None:
         """At the start: end what still waits in the logs of unloaded runs, as a crash leaves it."""

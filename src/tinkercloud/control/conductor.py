@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -139,14 +139,14 @@ class Conductor:
                     except PASSING:  # the ledger has the log: the run is rebuilt from it
                         log.exception("training run %s could not be put on disk", model_id)
 
-    async def end_runs(self, model_ids: list[str]) -> None:
+    async def end_runs(self, model_ids: list[str], why: Callable[[str], str] = finished) -> None:
         """Let go of the runs of a finished session, after the running cycle."""
         async with self._between_cycles:
             for model_id in model_ids:
                 if (run := self._runs.pop(model_id, None)) is not None:
                     with suppress(EngineDied):
                         await run.release(self._engine.handle)
-                await self._run_end.end(model_id, finished(model_id))
+                await self._run_end.end(model_id, why(model_id))
                 self._early.pop(model_id, None)
 
     async def park_all(self) -> None:

@@ -44,6 +44,11 @@ def unloaded(model_id: str) -> str:
     return f"training run {model_id} was unloaded before this; create a new one from its last checkpoint"
 
 
+def stopped(model_id: str) -> str:
+    """Why an operation is not run whose training run an operator has stopped."""
+    return f"training run {model_id} was stopped by the operator; its checkpoints are still there"
+
+
 def finished(model_id: str) -> str:
     """Why an operation is not run whose session has finished."""
     return f"the session of training run {model_id} has finished; create a new ServiceClient"

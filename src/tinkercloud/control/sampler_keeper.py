@@ -7,8 +7,8 @@ import logging
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from tinkercloud.config import Settings
@@ -95,6 +95,19 @@ class SamplerKeeper:
                 await self._drop_folder(sampler)
             else:
                 await self.close(sampler)
+
+    @asynccontextmanager
+    async def stopping(self, sampler: SamplerRecord) -> AsyncIterator[None]:
+        """Nobody can use the sampler from here on; behind the body, which ends what it draws, it is removed."""
+        self._removing.add(sampler.sampler_id)
+        try:
+            yield
+            async with self.changing:
+                await self._ledger.remove(SamplerRecord, sampler.sampler_id)
+                await self._drop_folder(sampler)
+        finally:
+            self._removing.discard(sampler.sampler_id)
+        self._used_at.pop(sampler.sampler_id, None)
 
     # ------------------------------------------------------------ housekeeping
 

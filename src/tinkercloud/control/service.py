@@ -18,6 +18,7 @@ from tinkercloud.control.checkpoints import Checkpoints
 from tinkercloud.control.engines import OnProgress
 from tinkercloud.control.futures import Futures
 from tinkercloud.control.keys import Keys
+from tinkercloud.control.operator import Operator
 from tinkercloud.control.quotas import Quotas
 from tinkercloud.control.runs import TrainingRuns
 from tinkercloud.control.sampler_keeper import SamplerKeeper
@@ -26,6 +27,7 @@ from tinkercloud.control.sessions import Sessions
 from tinkercloud.control.stability import StabilityRecords
 from tinkercloud.control.storage import Storage
 from tinkercloud.ledger.ledger import Ledger
+from tinkercloud.ledger.records import AuditRecord
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,9 @@ class Service:
         )
         self.futures = Futures(ledger, self._arrivals, self.models)
         self.quotas = Quotas(ledger)
+        self.operator = Operator(
+            ledger, self._arrivals, self.models, self.sessions, self.runs, self.futures, self._keeper
+        )
         self.stability = StabilityRecords(ledger, settings.stability_retention_seconds)
 
     @classmethod
@@ -82,6 +87,14 @@ class Service:
             await service.models.serve(model)
         await service.models.serve_added()
         return service
+
+    async def audit(self, record: AuditRecord) -> None:
+        """Add to the log of who did what; on disk when this returns."""
+        await self._ledger.record_event(record)
+
+    async def events(self, start: float, end: float) -> list[AuditRecord]:
+        """Who did what in [start, end), oldest first."""
+        return await self._ledger.events(start, end)
 
     async def tidy(self, now: float) -> None:
         """One round of housekeeping: park silent sessions, unload idle models, drop what is past its retention."""

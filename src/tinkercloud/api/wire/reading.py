@@ -18,7 +18,10 @@ W = TypeVar("W", bound=BaseModel)
 async def read_json(request: Request) -> dict[str, Any]:
     """The body's JSON object. Raises `Unreadable`."""
     body = await read_body(request)
-    return await off_loop(len(body), _parse, body)
+    given = await off_loop(len(body), _parse, body)
+    if hasattr(request.state, "event"):  # the audit log says what it was about
+        request.state.given = given
+    return given
 
 
 _FORWARD_ONLY = re.compile(rb'"forward_only"\s*:\s*true\b')
