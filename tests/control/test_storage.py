@@ -12,6 +12,7 @@ import pytest
 from tests.control.conftest import NANO, OWNER, Client, kill_engine
 from tinkercloud.control import storage
 from tinkercloud.errors import NotFound, Unavailable
+from tinkercloud.ledger import files
 from tinkercloud.ledger.writer import DiskFull
 
 
@@ -75,9 +76,9 @@ def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
     source = tmp_path / "checkpoints" / "it"
     source.mkdir(parents=True)
     (source / "weights").write_bytes(b"w")
-    storage._link_files(source, tmp_path / "pins" / "linked", tmp_path)
+    files.link_files(source, tmp_path / "pins" / "linked", tmp_path)
     monkeypatch.setattr(os, "link", no_link)
-    storage._link_files(source, tmp_path / "pins" / "copied", tmp_path)
+    files.link_files(source, tmp_path / "pins" / "copied", tmp_path)
     shutil.rmtree(source)
     assert (tmp_path / "pins" / "linked" / "weights").read_bytes() == b"w"
     assert (tmp_path / "pins" / "copied" / "weights").read_bytes() == b"w"

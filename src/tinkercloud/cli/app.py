@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.markup import escape
 
-from tinkercloud.cli import admin, demo, doctor, fsck, keys, serve, version
+from tinkercloud.cli import admin, backup, demo, doctor, fsck, keys, serve, version
 from tinkercloud.cli.console import CommandError, err
 from tinkercloud.config import ConfigError
 
@@ -21,6 +21,8 @@ app.command()(serve.serve)
 app.command()(demo.demo)
 app.command()(doctor.doctor)
 app.command()(fsck.fsck)
+app.command()(backup.backup)
+app.command()(backup.restore)
 app.add_typer(keys.keys, name="keys")
 app.add_typer(admin.models, name="models")
 app.add_typer(admin.checkpoints, name="checkpoints")

@@ -7,9 +7,7 @@ order is always: files first, then the record that names them; and back: the rec
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import os
 import shutil
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -26,13 +24,11 @@ from tinkercloud.control.folders import (
 )
 from tinkercloud.control.outcomes import LoadDetails, details_of
 from tinkercloud.errors import NotFound, Unavailable
+from tinkercloud.ledger.files import link_files
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import CheckpointRecord, Entry, SamplerRecord, SessionRecord, SnapshotRecord
 
 log = logging.getLogger(__name__)
-
-NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-"""What a file system answers that has no hard links, or no more of them for this file."""
 
 
 class Storage:
@@ -60,7 +56,7 @@ class Storage:
                 if current is None:
                     raise NotFound(f"there is no checkpoint {checkpoint.path} any more; load another one")
                 source = self._data_dir / current.folder
-                await asyncio.to_thread(_link_files, source, self._data_dir / folder, self._data_dir)
+                await asyncio.to_thread(link_files, source, self._data_dir / folder, self._data_dir)
             yield folder
         except OSError as error:
             raise Unavailable(f"{checkpoint.path} cannot be held for loading: {error}") from error
@@ -173,29 +169,3 @@ def _cancelled() -> bool:
 
 def _folders(data_dir: Path, pattern: str) -> list[str]:
     return [folder.relative_to(data_dir).as_posix() for folder in data_dir.glob(pattern)]
-
-
-def _link_files(source: Path, target: Path, data_dir: Path) -> None:
-    """Give a folder's files a second place that survives a power cut: the same bytes, which nobody changes, or where
-    the file system cannot do that a copy."""
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        try:
-            os.link(file, target / file.name)
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
-            shutil.copyfile(file, target / file.name)
-            _sync(target / file.name)
-    for folder in (target, *target.parents):
-        _sync(folder)
-        if folder == data_dir:
-            return
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,7 @@ from tinkercloud.ledger.records import (
     SessionRecord,
     SnapshotRecord,
 )
-from tinkercloud.ledger.verify import damaged_blobs, database_damage, opened
+from tinkercloud.ledger.verify import damaged_blobs, database_damage, opened, used_segments
 
 R = TypeVar("R", bound=CatalogRecord)
 
@@ -79,6 +79,8 @@ def _weights(connection: Connection, data_dir: Path) -> Iterator[Problem]:
     folders = {checkpoint.folder: checkpoint.path for checkpoint in _all(connection, CheckpointRecord)}
     pending = set(entries.pending_streams(connection))
     for sampler in _all(connection, SamplerRecord):
+        if sampler.model_path is None and not (data_dir / sampler.folder).is_dir():
+            continue  # dropped to stay within ephemeral_sampler_bytes, as its clients are told
         session = catalog.get(connection, SessionRecord, (sampler.session_id,))
         is_live = session is not None and session.state != "finished"
         if sampler.folder and (is_live or sampler.sampler_id in pending):
@@ -91,16 +93,30 @@ def _weights(connection: Connection, data_dir: Path) -> Iterator[Problem]:
             yield Problem(f"{folder} ({name}): {wrong}", BACKUP)
 
 
-def _left_over(connection: Connection, data_dir: Path) -> Iterator[Problem]:
-    sessions = _all(connection, SessionRecord)
-    named = named_folders(
-        sessions,
+def lacking(data_dir: Path) -> list[str]:
+    """The files and folders that the ledger names and that are not there. Raises `NoLedger` and `DataDirInUse`."""
+    with opened(data_dir) as connection:
+        samplers = _all(connection, SamplerRecord)
+        # Those of ephemeral samplers may go before their records.
+        folders = _named(connection) - {sampler.folder for sampler in samplers if sampler.model_path is None}
+        missing = [folder for folder in sorted(folders) if not (data_dir / folder).is_dir()]
+        files = used_segments(connection, data_dir)
+        return missing + [str(file.relative_to(data_dir)) for file in files if not file.is_file()]
+
+
+def _named(connection: Connection) -> set[str]:
+    return named_folders(
+        _all(connection, SessionRecord),
         _all(connection, CheckpointRecord),
         _all(connection, SnapshotRecord),
         _all(connection, SamplerRecord),
         entries.replayable(connection, "load_weights", None),
         entries.pending_streams(connection),
     )
+
+
+def _left_over(connection: Connection, data_dir: Path) -> Iterator[Problem]:
+    sessions, named = _all(connection, SessionRecord), _named(connection)
     ours, others = unnamed_folders(data_dir, named, sessions)
     for folder in ours:
         yield Problem(f"{folder}: nothing names it", "nothing to do: the server removes it at its next start", False)

@@ -6,6 +6,8 @@ import fcntl
 import os
 from pathlib import Path
 
+FILE = "ledger.lock"
+
 
 class DataDirInUse(Exception):
     """Another process, the `holder`, works in the data directory."""
@@ -23,7 +25,7 @@ class DataDirLock:
 
     def __init__(self, data_dir: Path) -> None:
         """Raises `DataDirInUse` with the holder's process id."""
-        file = data_dir / "ledger.lock"
+        file = data_dir / FILE
         self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

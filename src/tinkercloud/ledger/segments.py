@@ -33,13 +33,14 @@ class Blob(NamedTuple):
     length: int
 
 
-def _path(folder: Path, segment: int) -> Path:
+def segment_file(folder: Path, segment: int) -> Path:
+    """The file of a segment."""
     return folder / f"{segment:08d}{_SUFFIX}"
 
 
 def read(folder: Path, blob: Blob) -> bytes:
     """The blob's bytes, checked. Raises `Corrupt`, also if the file is gone."""
-    file = _path(folder, blob.segment)
+    file = segment_file(folder, blob.segment)
     try:
         stream = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -70,7 +71,7 @@ class SegmentWriter:
 
     def _open(self, segment: int) -> None:
         """Go on at the end of this segment's file, which may be a new one."""
-        file = _path(self.folder, segment)
+        file = segment_file(self.folder, segment)
         is_new = not file.exists()
         opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if self._file is not None:
@@ -123,7 +124,7 @@ class SegmentWriter:
 
     def delete(self, segment: int) -> None:
         """Delete the file of a segment that is not in use and to which nothing refers."""
-        _path(self.folder, segment).unlink(missing_ok=True)
+        segment_file(self.folder, segment).unlink(missing_ok=True)
 
     def close(self) -> None:
         os.close(self._file)

@@ -14,9 +14,9 @@ from sqlalchemy.exc import DatabaseError
 from tinkercloud.ledger import database, entries
 from tinkercloud.ledger.lock import DataDirLock
 from tinkercloud.ledger.retention import needed_for_replay
-from tinkercloud.ledger.schema import IS_KEPT
+from tinkercloud.ledger.schema import IS_KEPT, segments
 from tinkercloud.ledger.schema import entries as table
-from tinkercloud.ledger.segments import Corrupt
+from tinkercloud.ledger.segments import Corrupt, segment_file
 
 
 class NoLedger(Exception):
@@ -71,6 +71,12 @@ def database_damage(connection: Connection) -> list[str]:
     if connection.dialect.name != "sqlite":
         return []
     return [line for line in connection.scalars(text("PRAGMA integrity_check")) if line != "ok"]
+
+
+def used_segments(connection: Connection, data_dir: Path) -> list[Path]:
+    """The segment files that hold something."""
+    numbers = connection.scalars(select(segments.c.segment).where(segments.c.blobs > 0))
+    return [segment_file(data_dir / "segments", number) for number in numbers]
 
 
 def damaged_blobs(connection: Connection, data_dir: Path) -> Iterator[DamagedBlob]:
