@@ -259,6 +259,12 @@ class Settings(PerModel, BaseSettings):
     snapshot_operations: int = Field(
         64, gt=0, description="Operations of a training run between two snapshots of its state; fewer restart faster."
     )
+    snapshot_bytes: ByteSize = Field(
+        256 * MIB, gt=0, description="Bytes of a training run's operations between two snapshots, likewise."
+    )
+    snapshot_seconds: float = Field(
+        300, gt=0, description="Seconds after which the oldest operation that no snapshot holds makes one, likewise."
+    )
     open_samplers: int = Field(
         64, gt=0, description="Samplers whose weights stay in an engine's memory; others are read again when used."
     )

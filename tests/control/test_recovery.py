@@ -16,7 +16,7 @@ from tinkercloud.api.wire import json as wire
 from tinkercloud.control import conductor
 from tinkercloud.engine.types import Failure, ForwardBackward, Sample, SamplingParams
 from tinkercloud.errors import Ended, InvalidRequest, NotFound
-from tinkercloud.ledger.records import SessionRecord
+from tinkercloud.ledger.records import SessionRecord, SnapshotRecord
 
 
 def test_a_run_goes_on_after_the_server_was_stopped(serving, run, undisturbed):
@@ -132,6 +132,22 @@ def test_snapshots_bound_the_replay_and_old_ones_go(serving, run, undisturbed, t
         assert len([folder for folder in kept if client.session.session_id in folder.parent.name]) <= 2
 
     run(story)
+
+
+@pytest.mark.parametrize("setting, value", [("snapshot_bytes", 500), ("snapshot_seconds", 0.2)])
+def test_snapshots_come_by_bytes_and_by_seconds(shared, monkeypatch, setting, value):
+    async def story(service):
+        monkeypatch.setattr(service.models.get(NANO).conductor._settings, setting, value)
+        monkeypatch.setattr(conductor, "GAP_CHECK_SECONDS", 0.1)
+        client = await Client.create(service)
+        await client.steps(2)
+        deadline = time.monotonic() + 30
+        while not (snapshots := await service._ledger.find(SnapshotRecord, model_id=client.model.model_id)):
+            assert time.monotonic() < deadline, "also of a run that nothing more is asked of"
+            await asyncio.sleep(0.05)
+        assert 0 < snapshots[0].seq_id <= 4
+
+    shared(story)
 
 
 def test_an_operation_that_kills_the_engine_each_time_is_given_up(serving, run):

@@ -189,6 +189,7 @@ class Conductor:
                 self._work.clear()
                 while await self._advance():
                     pass
+                await self._save_idle()
             except EngineDied as error:
                 log.error("%s; its operations run again on the next one", error)
                 self._work.set()
@@ -228,6 +229,16 @@ class Conductor:
         live = [w.model_id for w in cycle if w.model_id in self._runs]
         self._gathering.answered(live, sum(w.num_tokens for w in cycle), began, time.monotonic())
         return True
+
+    async def _save_idle(self) -> None:
+        """Snapshot the runs whose newest operations are older than `snapshot_seconds`."""
+        engine = self._engine.handle
+        late = [run for run in self._runs.values() if run.wants_snapshot(self._settings, time.monotonic())]
+        if engine is None or not late:
+            return
+        async with self._between_cycles:
+            for run in late:
+                await run.snapshot(engine)
 
     async def _gather(self) -> None:
         """Let operations that are about to come take part in the next cycle."""
@@ -275,13 +286,14 @@ class Conductor:
             self._deaths.update(run.turn.entry.request_id for run, _ in ready)
             raise
         ended = [(run, result) for (run, _), result in zip(ready, results, strict=True)]
-        for run, result in ended:
+        for (run, payload), result in zip(ready, results, strict=True):
+            run.unsaved_bytes += len(payload)
             if isinstance(result, LoadOutput):
                 run.loaded_into(engine)
         await _all(*(self._end(run, result) for run, result in ended))
         for run, result in ended:
             # A load should not be replayed for long: until a snapshot has passed it, its checkpoint's files are held.
-            if run.unsaved_operations >= self._settings.snapshot_operations or isinstance(result, LoadOutput):
+            if isinstance(result, LoadOutput) or run.wants_snapshot(self._settings, time.monotonic()):
                 await run.snapshot(engine)
 
     async def _prepared(self, run: TrainingRun, engine: EngineHandle) -> bytes | Failure:

@@ -6,6 +6,7 @@ import logging
 import time
 
 from tinkercloud.codec import decode, encode
+from tinkercloud.config import Settings
 from tinkercloud.control.engine_handle import EngineHandle
 from tinkercloud.control.folders import snapshot_folder
 from tinkercloud.control.storage import Storage
@@ -56,6 +57,10 @@ class TrainingRun:
         self._applied_seq = record.applied_seq
         self.unsaved_operations = 0
         """Operations since the newest snapshot (or since the run's beginning)."""
+        self.unsaved_bytes = 0
+        """Of the payloads of those that were run."""
+        self._unsaved_since = 0.0
+        """When the first of them ended, or was run again (`time.monotonic`)."""
 
     @property
     def model_id(self) -> str:
@@ -66,7 +71,17 @@ class TrainingRun:
         self.turn = None
         self.order.ended(entry)
         self._applied_seq = max(self._applied_seq, entry.seq_id)
+        if not self.unsaved_operations:
+            self._unsaved_since = time.monotonic()
         self.unsaved_operations += 1
+
+    def wants_snapshot(self, settings: Settings, now: float) -> bool:
+        """Whether a recovery would have more to replay than the settings want, at `now` (`time.monotonic`)."""
+        return self.unsaved_operations > 0 and (
+            self.unsaved_operations >= settings.snapshot_operations
+            or self.unsaved_bytes >= settings.snapshot_bytes
+            or now - self._unsaved_since >= settings.snapshot_seconds
+        )
 
     def resident(self, engine: EngineHandle | None) -> bool:
         return self._resident_in is not None and self._resident_in is engine
@@ -80,6 +95,7 @@ class TrainingRun:
         if self.resident(engine):
             return
         await self._drop(engine)
+        self.unsaved_bytes = 0
         try:
             behind = await self._ledger.history(self.model_id, await self._begin(engine))
             self._warn_of_other_builds(engine, behind)
@@ -88,7 +104,7 @@ class TrainingRun:
         except ReplayError:
             await self._drop(engine)  # half a state is none
             raise
-        self.unsaved_operations = len(behind)
+        self.unsaved_operations, self._unsaved_since = len(behind), time.monotonic()
         self._resident_in = engine
 
     def loaded_into(self, engine: EngineHandle) -> None:
@@ -131,6 +147,7 @@ class TrainingRun:
             payload = await self._ledger.payload(entry.request_id)
         except (KeyError, Corrupt) as error:
             raise self._not_rebuilt(f"{what}: {error}") from error
+        self.unsaved_bytes += len(payload)
         return await self._restore(engine, payload, what)
 
     async def _restore(self, engine: EngineHandle, payload: bytes, what: str) -> Result:
@@ -189,7 +206,7 @@ class TrainingRun:
         for record in await self._ledger.prune_snapshots(self.model_id):
             await self._storage.free(record.folder)
         await self._storage.unpin(self.model_id)
-        self.unsaved_operations = 0
+        self.unsaved_operations = self.unsaved_bytes = 0
 
     async def park(self, engine: EngineHandle) -> None:
         """Put the state on disk and free the engine's memory; the next operation brings it back. EngineDied."""
