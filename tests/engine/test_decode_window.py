@@ -16,12 +16,13 @@ STEPS = SPARE_TOKENS + 40
 
 
 def _cache() -> KVCache:
-    return KVCache({0: LayerShape(KV_HEADS, DIM, DIM)}, 60, torch.float32, CPU)
+    """Of a dtype that has no kernels: float32 is attended where its pages are."""
+    return KVCache({0: LayerShape(KV_HEADS, DIM, DIM)}, 60, torch.bfloat16, CPU)
 
 
 def _rows(seed: int, count: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(1, heads, count, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return [torch.randn(1, heads, count, DIM, generator=generator).bfloat16() for heads in (HEADS, KV_HEADS, KV_HEADS)]
 
 
 def _outputs(max_bytes: int | None, leaves_after: int) -> tuple[list[torch.Tensor], int]:

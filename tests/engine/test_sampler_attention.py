@@ -14,6 +14,9 @@ HEADS, KV_HEADS, DIM = 4, 2, 8
 LENGTHS = [40, 1, 17, 100, 33, 16]
 """Tokens of each sequence, of which the last are the step's."""
 
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
+"""One score for each head."""
+
 STEPS = {
     "decode": [1, 1, 1, 1, 1, 1],
     "prefill": LENGTHS,
@@ -27,12 +30,14 @@ def inputs() -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     return [tuple(torch.randn(1, heads, n, DIM) for heads in (HEADS, KV_HEADS, KV_HEADS)) for n in LENGTHS]
 
 
-def attend_paged(counts: list[int], chosen: list[int], **options) -> list[torch.Tensor]:
+def attend_paged(
+    counts: list[int], chosen: list[int], dtype: torch.dtype = torch.float32, **options
+) -> list[torch.Tensor]:
     """Outputs [count, Hq, D] of the last `counts` tokens of the chosen sequences, as one step over a cache."""
-    cache = KVCache({5: LayerShape(KV_HEADS, DIM, DIM)}, 40, torch.float32, torch.device("cpu"))
+    cache = KVCache({5: LayerShape(KV_HEADS, DIM, DIM)}, 40, dtype, torch.device("cpu"))
     step, parts = [], []
     for index in chosen:
-        query, key, value = inputs()[index]
+        query, key, value = (part.to(dtype) for part in inputs()[index])
         start = LENGTHS[index] - counts[index]
         pages = cache.allocate(pages_for(LENGTHS[index]))[::-1]
         if start:
@@ -47,12 +52,15 @@ def attend_paged(counts: list[int], chosen: list[int], **options) -> list[torch.
 
 @pytest.mark.parametrize("counts", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize(
-    "options", [{}, {"sliding_window": 10}, {"softcap": 2.0}, {"sliding_window": 7, "softcap": 2.0}], ids=str
+    "options",
+    [{}, {"sliding_window": 10}, {"softcap": 2.0}, {"sliding_window": 7, "softcap": 2.0}, {"sinks": SINKS}],
+    ids=["plain", "window", "cap", "window-cap", "sinks"],
 )
-def test_same_as_over_whole_sequences(counts, options):
-    for index, output in enumerate(attend_paged(counts, list(range(len(LENGTHS))), **options)):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)], ids=["float", "bfloat"])
+def test_same_as_over_whole_sequences(counts, options, dtype, tolerance):
+    for index, output in enumerate(attend_paged(counts, list(range(len(LENGTHS))), dtype, **options)):
         whole = PackedAttention([LENGTHS[index]])(5, *inputs()[index], scaling=0.3, **options)[0]
-        torch.testing.assert_close(output, whole[-counts[index] :], atol=1e-6, rtol=0)
+        torch.testing.assert_close(output.float(), whole[-counts[index] :], atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("counts", STEPS.values(), ids=STEPS)

@@ -47,15 +47,17 @@ class AdapterLayout:
                 pairs[linear.index] = (a, flat[middle:end].view(experts, r, -1).transpose(1, 2))
                 offset = end
                 continue
+            start = offset
             a = flat[offset : offset + r * len(members) * fan_in].view(-1, fan_in)
             offset += a.numel()
-            bs = []
+            bs, places = [], []
             for place, linear in enumerate(members):
+                places.append([linear.first_column, linear.out_features, offset - start])
                 b_t = flat[offset : offset + linear.out_features * r].view(r, -1)
                 offset += b_t.numel()
                 pairs[linear.index] = (a[place * r : (place + 1) * r], b_t.t())
                 bs.append(StackedB(linear.first_column, linear.out_features, place * r, b_t.t(), b_t))
-            stacks[group] = Stack(a, a.t(), tuple(bs))
+            stacks[group] = Stack(a, a.t(), tuple(bs), torch.tensor(places))
         return Factors(pairs, stacks)
 
     def matrices(self, flat: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -15,6 +15,8 @@ from torch.nn.functional import silu
 
 from tinkercloud.engine.torch.attention import Attention
 from tinkercloud.engine.torch.fused_linear import FusedLinear, Inner
+from tinkercloud.engine.torch.kernels.compiled import have_kernels
+from tinkercloud.engine.torch.kernels.rows import gated
 from tinkercloud.engine.torch.lora import LoraBatch
 from tinkercloud.engine.torch.rms_norm import RMSNorm
 from tinkercloud.engine.torch.rotary import Rotation
@@ -96,10 +98,9 @@ class DecoderLayer:
     def _attention_inputs(self, projected: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [1, Hq, T, D], keys and values [1, Hkv, T, D]."""
         heads = projected.view(len(projected), -1, self._head_dim)
-        rotated = heads.narrow(1, 0, self._heads + self._kv_heads)
-        if self._head_norm is not None:
-            rotated = self._head_norm(rotated)
-        by_head = rotation(rotated).transpose(0, 1).unsqueeze(0)
+        by_head = (
+            rotation.of_heads(projected, self._heads + self._kv_heads, self._head_norm).transpose(0, 1).unsqueeze(0)
+        )
         value = heads.narrow(1, self._heads + self._kv_heads, self._kv_heads).transpose(0, 1).unsqueeze(0)
         return by_head.narrow(1, 0, self._heads), by_head.narrow(1, self._heads, self._kv_heads), value
 
@@ -121,6 +122,8 @@ class DecoderLayer:
 
     def _activated(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up [T, I] of [T, 2 I]."""
+        if have_kernels(gate_up):
+            return gated(gate_up)
         gate, up = gate_up.chunk(2, dim=1)
         return silu(gate).mul_(up)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from tinkercloud.engine.torch.lora import LoraBatch, LoraLinear, add_products
+from tinkercloud.engine.torch.kernels.compiled import have_kernels
+from tinkercloud.engine.torch.lora import LoraBatch, LoraLinear, add_products, add_sampled
 from tinkercloud.engine.torch.products import add_product, product
 
 Inner = Sequence[Tensor | None]
@@ -77,6 +78,9 @@ class FusedLinear:
 
     def _add_lora(self, x: Tensor, lora: LoraBatch, output: Tensor) -> Inner:
         """Add the adapters' part to `output` in place."""
+        if lora.is_sampled and have_kernels(x):
+            add_sampled(self._group, lora, x, output)
+            return []
         inner: list[Tensor | None] = []
         total = len(x)
         for weights, start, end, _, _ in lora:

@@ -13,6 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.torch.kernels import paged
+from tinkercloud.engine.torch.kernels.compiled import kernels_for
+
 PAGE_TOKENS = 16
 """Tokens in one page."""
 
@@ -63,6 +66,8 @@ class KVCache:
         }
         for memory in self._memory.values():
             memory[PAD_PAGE].zero_()
+        self.has_kernels = kernels_for(dtype, device)
+        """Whether it can `attend`."""
         self._references = [0] * (num_pages + 1)
         self._free = list(range(num_pages, 0, -1))
 
@@ -124,6 +129,9 @@ class KVCache:
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store keys and values [T, heads, dim] of T tokens; slot = page * PAGE_TOKENS + offset, int64 [T]."""
         memory = self._memory[layer]
+        if self.has_kernels:
+            paged.write(memory, slots, key, value)
+            return
         memory.view(-1, *memory.shape[2:]).index_copy_(0, slots, torch.cat((key, value), dim=-1))
 
     def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,3 +140,22 @@ class KVCache:
         gathered = self._memory[layer].index_select(0, tables.flatten())
         gathered = gathered.view(len(tables), -1, shape.kv_heads, shape.key_dim + shape.value_dim).transpose(1, 2)
         return gathered[..., : shape.key_dim], gathered[..., shape.key_dim :]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        rows: Tensor,
+        tables: Tensor,
+        positions: Tensor,
+        output: Tensor,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> None:
+        """Single queries at positions [n, 1] over the tokens up to theirs, where those are; see `paged.attended`."""
+        paged.attended(
+            query, self._memory[layer], rows, tables, positions, output,
+            scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks,
+        )  # fmt: skip

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from tinkercloud.engine.torch.kernels.compiled import have_kernels
+from tinkercloud.engine.torch.kernels.lora import add_low_rank
 from tinkercloud.engine.torch.products import add_product, product
 
 Pair = tuple[Tensor, Tensor]
@@ -44,6 +46,8 @@ class Stack(NamedTuple):
     """[m r, in], their A's one below the other"""
     a_t: Tensor
     bs: Sequence[StackedB]
+    places: Tensor
+    """int64 [m, 3] on the CPU: of each B its column, columns, and how many numbers behind the first of `a` it is."""
 
 
 class Factors(list[Pair | None]):
@@ -97,6 +101,11 @@ class Segment(NamedTuple):
 class LoraBatch(tuple[Segment, ...]):
     """The segments of a batch, in row order and without overlap. Rows that none covers see the base model only."""
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether it is a sampler's, whose rows belong to no datum."""
+        return bool(self) and not self[0].datums
+
 
 BASE_ONLY = LoraBatch()
 
@@ -137,6 +146,9 @@ class LoraLinear(nn.Module):
         if torch.is_grad_enabled():
             return _LoraProduct.apply(x, self.current.anchor, self, batch)
         output = self.frozen_output(x)
+        if self.group == self.index and batch.is_sampled and have_kernels(x):
+            add_sampled(self.group, batch, x, output)
+            return output
         add_lora(self.index, batch, x.reshape(-1, self.in_features), output.view(-1, self.out_features))
         return output
 
@@ -163,6 +175,15 @@ def add_lora(index: int, batch: LoraBatch, x: Tensor, output: Tensor) -> list[Te
         add_product(output[rows], low, b.t(), segment.weights.scale)
         inner.append(low)
     return inner
+
+
+def add_sampled(group: int, batch: LoraBatch, x: Tensor, output: Tensor) -> None:
+    """Add each segment's part of a group's product to `output` [rows, out] in place, of x [rows, in], where there are
+    kernels: of many adapters with few rows each, calls cost more than what they compute."""
+    for weights, start, end, _, _ in batch:
+        stack = weights.pairs.stacks.get(group)
+        if stack is not None:
+            add_low_rank(x[start:end], stack.a, stack.places, weights.scale, output[start:end])
 
 
 def inner_products(index: int, batch: LoraBatch, x: Tensor) -> list[Tensor | None]:

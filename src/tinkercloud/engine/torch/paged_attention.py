@@ -1,7 +1,8 @@
 """Attention of one sampling step: every sequence's new tokens over all its tokens, through the paged cache.
 
-Sequences that add one token (decoding) are attended in a few batches of similar length, so that a short one does not
-pay for a long one; sequences that add more (prefill) one by one. Each row's numbers depend on its own sequence alone:
+Sequences that add one token (decoding) are attended where their pages are (`kernels.paged`) or, where there are no
+kernels, in a few batches of similar length, so that a short one does not pay for a long one; sequences that add more
+(prefill) one by one. Each row's numbers depend on its own sequence alone:
 `scaled_dot_product_attention` gives the same bits for any batch and any masked padding. Rows behind the sequences' only
 fill the step (`BaseModel.filling`): they attend to nothing and are not remembered.
 """
@@ -35,6 +36,10 @@ class _Block(NamedTuple):
     slots: Tensor
     """int64 [B]: of the state cache."""
 
+    def in_place(self, cache: KVCache) -> bool:
+        """Whether the cache attends by itself: single queries, where there are kernels."""
+        return cache.has_kernels and self.positions.shape[1] == 1
+
 
 class PagedAttention:
     """The attention of one step, called by the model once per layer. Writes the new keys and values first."""
@@ -59,7 +64,7 @@ class PagedAttention:
             first = len(slots)
             if count == 1:
                 slots.append(pages[start // PAGE_TOKENS] * PAGE_TOKENS + start % PAGE_TOKENS)
-                bucket = (pages_for(start + 1) - 1).bit_length()
+                bucket = 0 if cache.has_kernels else (pages_for(start + 1) - 1).bit_length()
                 decoding.setdefault(bucket, []).append((first, sequence))
             else:
                 slots += [
@@ -71,7 +76,7 @@ class PagedAttention:
         for block in decoding.values():
             firsts.append([first for first, _ in block])
             members.append([sequence for _, sequence in block])
-        found = [None] * len(members) if windows is None else windows.step(members)
+        found = [None] * len(members) if windows is None or cache.has_kernels else windows.step(members)
         self._blocks += [self._block(*block) for block in zip(firsts, members, found, strict=True)]
         self._slots = self._tensor(slots)
         self._masks: dict[tuple[int, int, int | None, bool], Tensor] = {}
@@ -106,11 +111,17 @@ class PagedAttention:
         query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
         rows = len(self._slots)
         self._cache.write(layer, self._slots, key[:rows], value[:rows])
-        if len(self._blocks) == 1 and rows == len(query):
+        if len(self._blocks) == 1 and rows == len(query) and not self._blocks[0].in_place(self._cache):
             return self._attend(layer, 0, query, key, value, scaling, sliding_window, softcap, sinks)[None]
         output = query.new_empty(*query.shape[:2], value.shape[-1])
         output[rows:] = 0
         for index, block in enumerate(self._blocks):
+            if block.in_place(self._cache):
+                self._cache.attend(
+                    layer, query, block.rows, block.tables, block.positions, output,
+                    scaling, sliding_window, softcap, sinks,
+                )  # fmt: skip
+                continue
             own = (part.index_select(0, block.rows) for part in (query, key, value))
             attended = self._attend(layer, index, *own, scaling, sliding_window, softcap, sinks)
             output.index_copy_(0, block.rows, attended)

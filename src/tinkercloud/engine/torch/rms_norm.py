@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from tinkercloud.engine.torch.kernels.compiled import have_kernels
+from tinkercloud.engine.torch.kernels.rows import rms_norm
+
 
 class RMSNorm:
     """x / rms(x) * weight; weight [D], or [H, D] for one of each head. The weight is frozen.
@@ -14,18 +17,20 @@ class RMSNorm:
     """
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = weight
+        self.weight, self.eps = weight, eps
         self._eps = torch.tensor(eps, dtype=torch.float32, device=weight.device)
         self._share = 1 / weight.shape[-1]
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.ndim == 2 and have_kernels(x):
+            return rms_norm(x, self.weight, self.eps)
         normed = x * self._inverse(x)
-        return (normed if normed.dtype == x.dtype else normed.to(x.dtype)).mul_(self._weight)
+        return (normed if normed.dtype == x.dtype else normed.to(x.dtype)).mul_(self.weight)
 
     def backward(self, x: Tensor, d_normed: Tensor) -> Tensor:
         """The gradient of x from that of x normalised, in x's dtype."""
         inverse = self._inverse(x)
-        d_unit = (d_normed * self._weight).float()
+        d_unit = (d_normed * self.weight).float()
         # d_x = (d_unit - unit * mean(d_unit * unit)) / rms, with unit = x / rms
         along = (d_unit * x).sum(-1, keepdim=True).mul_(inverse).mul_(inverse).mul_(-self._share)
         return d_unit.addcmul_(x, along).mul_(inverse).to(x.dtype)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.torch.kernels.compiled import have_kernels
+from tinkercloud.engine.torch.kernels.rows import rotated
+from tinkercloud.engine.torch.rms_norm import RMSNorm
+
 
 class Rotation:
     """The rotation of one pass's rows, the same in all layers. Heads are [T, H, D]."""
@@ -17,6 +21,14 @@ class Rotation:
             cos, sin = cos * scaling, sin * scaling
         self._cos = torch.cat((cos, cos), dim=1).unsqueeze(1).to(dtype)
         self._sin = sin.unsqueeze(1).to(dtype)
+
+    def of_heads(self, projected: Tensor, count: int, norm: RMSNorm | None) -> Tensor:
+        """The first `count` heads [T, count, D] of rows [T, ...], normalised if there is a norm, and rotated."""
+        if have_kernels(projected):
+            weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            return rotated(projected, weight, eps, count, self._cos[:, 0], self._sin[:, 0])
+        heads = projected.view(len(projected), -1, self._cos.shape[-1]).narrow(1, 0, count)
+        return self(heads if norm is None else norm(heads))
 
     def __call__(self, heads: Tensor) -> Tensor:
         """The heads, rotated."""

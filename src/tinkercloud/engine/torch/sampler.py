@@ -14,6 +14,7 @@ from tinkercloud.engine.torch.adapter import frozen_weights
 from tinkercloud.engine.torch.batching import ContinuousBatch, Turn
 from tinkercloud.engine.torch.checkpoints import read_adapter
 from tinkercloud.engine.torch.decode_window import CacheRows, DecodeWindows
+from tinkercloud.engine.torch.kernels.compiled import kernels_for
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, pages_for
 from tinkercloud.engine.torch.lora import AdapterWeights, LoraBatch, Segment
 from tinkercloud.engine.torch.model import BaseModel
@@ -40,7 +41,7 @@ from tinkercloud.engine.types import (
 log = logging.getLogger(__name__)
 
 WINDOW_SHARE = 0.25
-"""Of `kv_cache_bytes`: what `DecodeWindows` may take."""
+"""Of `kv_cache_bytes`: what `DecodeWindows` may take, where attention needs them."""
 
 STATE_SHARE = 0.5
 """Of `kv_cache_bytes`: what linear attention's states may take. The rest, without windows and states, are pages."""
@@ -58,7 +59,8 @@ class TorchSampler:
         self._logit_rows = max(1, options.logits_bytes // (_LOGIT_BYTES * model.info.vocab_size))
         self._tokenizer = Tokenizer(model.info.folder, options.trust_remote_code)
         memory = memory_of(model)
-        window_bytes = int(options.kv_cache_bytes * WINDOW_SHARE)
+        in_place = kernels_for(model.dtype, model.device)
+        window_bytes = 0 if in_place else int(options.kv_cache_bytes * WINDOW_SHARE)
         page_bytes = options.kv_cache_bytes - window_bytes
         sequences, self._states = options.max_decode_batch, None
         if memory.states:

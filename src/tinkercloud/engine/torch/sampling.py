@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.torch.kernels.compiled import have_kernels
+from tinkercloud.engine.torch.kernels.draws import BLOCK, drawn
 from tinkercloud.engine.types import OperationError, SamplingParams, TopLogprobs
 
 NO_LOGPROB = -99999.0
 """In `TopLogprobs`, where a position has no distribution (SDK `SampleResponse`)."""
-
-_BLOCK = 64
-"""Ids whose weights are summed together before they are looked at one by one."""
 
 _FLOAT32 = torch.finfo(torch.float32)
 
@@ -77,23 +76,18 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[fl
 
     Greedy rows take the lowest of equally likely ids. `logits` may be overwritten.
     """
-    # Relative to the maximum, so that a tiny temperature gives -inf and 0 rather than inf - inf.
-    logits = logits.sub_(logits.amax(-1, keepdim=True))
-    if any(row.temperature not in (0, 1) for row in params):
-        scale = [_divisor(row.temperature) if row.temperature != 0 else 1.0 for row in params]
-        logits = logits.div_(torch.tensor(scale, dtype=torch.float32, device=logits.device)[:, None])
-    weights = logits.exp()
-    sums = _block_sums(weights)
-    normalizers = sums.sum(-1, keepdim=True).log_()
-    greedy = [index for index, row in enumerate(params) if row.temperature == 0]
-    if len(greedy) == len(params):
-        tokens = logits.argmax(-1)
+    vocab, device = logits.shape[-1], logits.device
+    temperatures = [_divisor(row.temperature) if row.temperature != 0 else 0.0 for row in params]
+    if have_kernels(logits):
+        tokens, normalizers = drawn(logits, torch.tensor(temperatures), torch.tensor(uniforms, dtype=torch.float64))
     else:
-        filtered = _filtered(weights, params)
-        tokens = _invert(weights, _block_sums(weights) if filtered else sums, uniforms)
-        if greedy:
-            # Of the logits: their log-probabilities may round to a tie that is none.
-            tokens[greedy] = logits[greedy].argmax(-1)
+        tokens, normalizers = _drawn(logits, torch.tensor(temperatures, device=device), uniforms)
+    filtered = [
+        index for index, row in enumerate(params) if row.temperature != 0 and (0 < row.top_k < vocab or row.top_p < 1)
+    ]
+    if filtered:
+        weights = _filtered(logits[filtered].exp_(), [params[index] for index in filtered])
+        tokens[filtered] = _invert(weights, _block_sums(weights), [uniforms[index] for index in filtered])
     logprobs = logits.gather(-1, tokens[:, None]).double().sub_(normalizers)[:, 0].float()
     return Draw(tokens, logprobs, logits, normalizers)
 
@@ -117,36 +111,38 @@ def draw_alternatives(distribution: Tensor, temperature: float, uniforms: Tensor
     return ids.clamp_(max=distribution.shape[-1] - 1)
 
 
-def _filtered(probabilities: Tensor, params: Sequence[SamplingParams]) -> bool:
-    """Zero what top-k, then top-p of what is left, rule out, in place; whether any row asks for either. Only those rows
-    are sorted. Probabilities up to a factor of each row."""
-    vocab = probabilities.shape[-1]
-    selected = [
-        index for index, row in enumerate(params) if row.temperature != 0 and (0 < row.top_k < vocab or row.top_p < 1)
-    ]
-    if not selected:
-        return False
-    device = probabilities.device
-    rows = torch.tensor(selected, device=device)
-    top_k = [min(params[index].top_k, vocab) if params[index].top_k > 0 else vocab for index in selected]
-    top_p = torch.tensor([params[index].top_p for index in selected], dtype=torch.float64, device=device)[:, None]
+def _drawn(logits: Tensor, temperatures: Tensor, uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """See `kernels.draws.drawn`: the same for other devices."""
+    # Relative to the maximum, so that a tiny temperature gives -inf and 0 rather than inf - inf.
+    logits.sub_(logits.amax(-1, keepdim=True)).div_(temperatures.where(temperatures != 0, 1)[:, None])
+    weights = logits.exp()
+    sums = _block_sums(weights)
+    # Greedy tokens are of the logits: their log-probabilities may round to a tie that is none.
+    tokens = torch.where(temperatures == 0, logits.argmax(-1), _invert(weights, sums, uniforms))
+    return tokens, sums.sum(-1, keepdim=True).log_()
+
+
+def _filtered(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Probabilities [n, V], up to a factor of each row, without what top-k, then top-p of what is left, rule out."""
+    vocab, device = weights.shape[-1], weights.device
+    top_k = [min(row.top_k, vocab) if row.top_k > 0 else vocab for row in params]
+    top_p = torch.tensor([row.top_p for row in params], dtype=torch.float64, device=device)[:, None]
     if max(top_k) < vocab:
-        values, order = probabilities[rows].topk(max(top_k), dim=-1)
+        values, order = weights.topk(max(top_k), dim=-1)
     else:
-        values, order = probabilities[rows].sort(dim=-1, descending=True, stable=True)
+        values, order = weights.sort(dim=-1, descending=True, stable=True)
     within_k = torch.arange(values.shape[-1], device=device) < torch.tensor(top_k, device=device)[:, None]
     values = values * within_k
     cumulative = values.cumsum(-1, dtype=torch.float64)
     # A token is in the nucleus if those before it do not yet fill it; the most likely one always is.
     in_nucleus = (cumulative - values) < top_p * cumulative[:, -1:]
-    probabilities[rows] = torch.zeros_like(probabilities[rows]).scatter_(-1, order, values * in_nucleus)
-    return True
+    return torch.zeros_like(weights).scatter_(-1, order, values * in_nucleus)
 
 
 def _block_sums(weights: Tensor) -> Tensor:
-    """Sums of `_BLOCK` neighbouring weights each, the last block's of what is left: [n, V] to float64 [n, blocks]."""
-    whole = weights.shape[-1] // _BLOCK * _BLOCK
-    sums = weights[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)
+    """Sums of `BLOCK` neighbouring weights each, the last block's of what is left: [n, V] to float64 [n, blocks]."""
+    whole = weights.shape[-1] // BLOCK * BLOCK
+    sums = weights[:, :whole].unflatten(-1, (-1, BLOCK)).sum(-1, dtype=torch.float64)
     if whole == weights.shape[-1]:
         return sums
     return torch.cat((sums, weights[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)), dim=-1)
@@ -162,11 +158,11 @@ def _invert(weights: Tensor, sums: Tensor, uniforms: Sequence[float]) -> Tensor:
     share = _below(torch.tensor(uniforms, dtype=torch.float64, device=total.device)[:, None] * total, total)
     block = torch.searchsorted(cumulative, share, right=True).clamp_(max=sums.shape[-1] - 1)
     before = cumulative.gather(-1, (block - 1).clamp_(min=0)).masked_fill_(block == 0, 0)
-    ids = block * _BLOCK + torch.arange(_BLOCK, device=block.device)
+    ids = block * BLOCK + torch.arange(BLOCK, device=block.device)
     last = weights.shape[-1] - 1
     own = weights.gather(-1, ids.clamp(max=last)).masked_fill_(ids > last, 0).cumsum(-1, dtype=torch.float64)
     place = torch.searchsorted(own, _below(share - before, own[:, -1:]), right=True)
-    return (block * _BLOCK + place)[:, 0].clamp_(max=last)
+    return (block * BLOCK + place)[:, 0].clamp_(max=last)
 
 
 def _below(share: Tensor, total: Tensor) -> Tensor:

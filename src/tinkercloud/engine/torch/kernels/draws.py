@@ -1,0 +1,128 @@
+"""Softmax over the vocabulary and a draw from it, in two passes over a row's logits and none over what is between."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from tinkercloud.engine.torch.kernels.compiled import kernel
+from tinkercloud.engine.torch.kernels.vectors import (
+    LANES,
+    add,
+    div,
+    doubles,
+    exp,
+    floats,
+    ints,
+    largest,
+    load,
+    maximum,
+    part,
+    splat,
+    store,
+    store_part,
+    sub,
+    total,
+)
+
+BLOCK = 4 * LANES
+"""Ids whose weights are summed together before they are looked at one by one."""
+
+
+def drawn(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """One token of each row of `logits` [n, V] at its temperature, float32 [n], 0 being greedy, by its number in
+    [0, 1), float64 [n]: tokens int64 [n] and the logarithms of the sums of the rows' exponentials, float64 [n, 1].
+
+    Leaves in `logits` what they are less the row's largest, divided by the temperature (greedy: 1).
+    """
+    rows, vocab = logits.shape
+    tokens, normalizers = torch.empty(rows, dtype=torch.int64), torch.empty(rows, 1, dtype=torch.float64)
+    sums, scratch = torch.empty(-(-vocab // BLOCK), dtype=torch.float64), torch.empty(BLOCK)
+    _drawn(
+        logits.data_ptr(), temperatures.data_ptr(), uniforms.data_ptr(), tokens.data_ptr(), normalizers.data_ptr(),
+        sums.data_ptr(), scratch.data_ptr(), rows, vocab, len(sums),
+    )  # fmt: skip
+    return tokens, normalizers
+
+
+@njit(inline="always")
+def _weights(logits, i, top, scale):
+    """Leave (logit - top) / scale in the place of each logit of a vector, and return their exponentials."""
+    own = div(sub(load(logits, i), splat(top)), splat(scale))
+    store(logits, i, own)
+    return exp(own)
+
+
+@njit(inline="always")
+def _last_weights(logits, i, left, top, scale, scratch):
+    """Likewise of fewer ids than a block has; to `scratch`, and 0 behind them."""
+    for lane in range(0, BLOCK, LANES):
+        store(scratch, lane, splat(np.float32(0)))
+    for lane in range(0, left, LANES):
+        own = div(sub(part(logits, i + lane, left - lane), splat(top)), splat(scale))
+        store_part(logits, i + lane, own, left - lane)
+        store_part(scratch, lane, exp(own), left - lane)
+
+
+@kernel("void(int64,int64,int64,int64,int64,int64,int64,int64,int64,int64)")
+def _drawn(
+    logits_at, temperatures_at, uniforms_at, tokens_at, normalizers_at, sums_at, scratch_at, rows, vocab, blocks
+):  # fmt: skip
+    logits, temperatures, uniforms = floats(logits_at), floats(temperatures_at), doubles(uniforms_at)
+    tokens, normalizers, sums = ints(tokens_at), doubles(normalizers_at), doubles(sums_at)
+    scratch = floats(scratch_at)
+    zero = splat(np.float32(0))
+    for row in range(rows):
+        first, temperature = row * vocab, temperatures[row]
+        most = splat(np.float32(-np.inf))
+        for i in range(0, vocab - LANES + 1, LANES):
+            most = maximum(load(logits, first + i), most)
+        top = largest(most)
+        for i in range(vocab // LANES * LANES, vocab):
+            top = max(top, logits[first + i])
+        if temperature == 0:
+            tokens[row] = 0
+            for i in range(vocab):
+                if logits[first + i] == top:
+                    tokens[row] = i
+                    break
+        scale = np.float32(1) if temperature == 0 else temperature
+        whole = 0.0
+        for block in range(blocks):
+            weights_0 = weights_1 = weights_2 = weights_3 = zero
+            i, left = first + block * BLOCK, vocab - block * BLOCK
+            if left >= BLOCK:
+                weights_0 = _weights(logits, i, top, scale)
+                weights_1 = _weights(logits, i + LANES, top, scale)
+                weights_2 = _weights(logits, i + 2 * LANES, top, scale)
+                weights_3 = _weights(logits, i + 3 * LANES, top, scale)
+            else:
+                _last_weights(logits, i, left, top, scale, scratch)
+                weights_0, weights_1 = load(scratch, 0), load(scratch, LANES)
+                weights_2, weights_3 = load(scratch, 2 * LANES), load(scratch, 3 * LANES)
+            own = np.float64(total(add(add(weights_0, weights_1), add(weights_2, weights_3))))
+            sums[block] = own
+            whole += own
+        normalizers[row] = math.log(whole)
+        if temperature == 0:
+            continue
+        share, before, block = uniforms[row] * whole, 0.0, 0
+        while block < blocks - 1 and before + sums[block] <= share:
+            before += sums[block]
+            block += 1
+        i, count = first + block * BLOCK, min(BLOCK, vocab - block * BLOCK)
+        for lane in range(0, count, LANES):
+            store(scratch, lane, exp(part(logits, i + lane, count - lane)))
+        # Rounding may lift the share to the sum of the block: past that there is no id, so the last possible one is it.
+        token = 0
+        for place in range(count):
+            if scratch[place] > 0:
+                token = place
+                before += np.float64(scratch[place])
+                if before > share:
+                    break
+        tokens[row] = block * BLOCK + token

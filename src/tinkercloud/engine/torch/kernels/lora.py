@@ -1,0 +1,105 @@
+"""An adapter's part of a product, scale (x A^T) B^T, for few rows at a time, in one call instead of one for each B."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinkercloud.engine.torch.kernels.compiled import kernel
+from tinkercloud.engine.torch.kernels.vectors import (
+    LANES,
+    floats,
+    fma,
+    ints,
+    load,
+    part,
+    splat,
+    store,
+    store_part,
+    total,
+)
+
+
+def add_low_rank(x: Tensor, a: Tensor, places: Tensor, scale: float, output: Tensor) -> None:
+    """Add scale * (x A^T) B^T to `output`.
+
+    x [T, in] and output [T, out] are contiguous rows; a [m r, in]; places int64 [m, 3], for each B the first of its
+    columns of the output, how many, and how many numbers behind the first of `a` its B^T [r, columns] begins.
+    """
+    rows, width = x.shape
+    ranks = a.shape[0]
+    low = torch.empty(rows, ranks)
+    _add_low_rank(
+        x.data_ptr(), a.data_ptr(), places.data_ptr(), low.data_ptr(), output.data_ptr(), rows, width, ranks,
+        len(places), output.shape[1], scale,
+    )  # fmt: skip
+
+
+@kernel("void(int64,int64,int64,int64,int64,int64,int64,int64,int64,int64,float32)")
+def _add_low_rank(x_at, a_at, places_at, low_at, output_at, rows, width, ranks, count, output_row, scale):
+    x, a, low, output, places = floats(x_at), floats(a_at), floats(low_at), floats(output_at), ints(places_at)
+    zero = splat(np.float32(0))
+    whole = width - width % LANES
+    # Four rows of x at a time, then those that are left: each number is the same sum in the same order either way.
+    four = rows - rows % 4
+    for row in range(0, four, 4):
+        x_0 = row * width
+        x_1, x_2, x_3 = x_0 + width, x_0 + 2 * width, x_0 + 3 * width
+        for rank in range(ranks):
+            first = rank * width
+            sum_0 = sum_1 = sum_2 = sum_3 = zero
+            for i in range(0, whole, LANES):
+                own = load(a, first + i)
+                sum_0 = fma(load(x, x_0 + i), own, sum_0)
+                sum_1 = fma(load(x, x_1 + i), own, sum_1)
+                sum_2 = fma(load(x, x_2 + i), own, sum_2)
+                sum_3 = fma(load(x, x_3 + i), own, sum_3)
+            if whole < width:
+                left = width - whole
+                own = part(a, first + whole, left)
+                sum_0 = fma(part(x, x_0 + whole, left), own, sum_0)
+                sum_1 = fma(part(x, x_1 + whole, left), own, sum_1)
+                sum_2 = fma(part(x, x_2 + whole, left), own, sum_2)
+                sum_3 = fma(part(x, x_3 + whole, left), own, sum_3)
+            low[row * ranks + rank] = total(sum_0) * scale
+            low[(row + 1) * ranks + rank] = total(sum_1) * scale
+            low[(row + 2) * ranks + rank] = total(sum_2) * scale
+            low[(row + 3) * ranks + rank] = total(sum_3) * scale
+    for row in range(four, rows):
+        for rank in range(ranks):
+            sums = zero
+            for i in range(0, whole, LANES):
+                sums = fma(load(x, row * width + i), load(a, rank * width + i), sums)
+            if whole < width:
+                left = width - whole
+                sums = fma(part(x, row * width + whole, left), part(a, rank * width + whole, left), sums)
+            low[row * ranks + rank] = total(sums) * scale
+    own_ranks = ranks // count
+    for number in range(count):
+        column, columns, b = places[3 * number], places[3 * number + 1], places[3 * number + 2]
+        whole = columns - columns % LANES
+        for row in range(0, four, 4):
+            to_0, low_0 = row * output_row + column, row * ranks + number * own_ranks
+            to_1, to_2, to_3 = to_0 + output_row, to_0 + 2 * output_row, to_0 + 3 * output_row
+            low_1, low_2, low_3 = low_0 + ranks, low_0 + 2 * ranks, low_0 + 3 * ranks
+            for i in range(0, whole, LANES):
+                sum_0, sum_1 = load(output, to_0 + i), load(output, to_1 + i)
+                sum_2, sum_3 = load(output, to_2 + i), load(output, to_3 + i)
+                for rank in range(own_ranks):
+                    own = load(a, b + rank * columns + i)
+                    sum_0 = fma(splat(low[low_0 + rank]), own, sum_0)
+                    sum_1 = fma(splat(low[low_1 + rank]), own, sum_1)
+                    sum_2 = fma(splat(low[low_2 + rank]), own, sum_2)
+                    sum_3 = fma(splat(low[low_3 + rank]), own, sum_3)
+                store(output, to_0 + i, sum_0)
+                store(output, to_1 + i, sum_1)
+                store(output, to_2 + i, sum_2)
+                store(output, to_3 + i, sum_3)
+        for row in range(rows):
+            to, first = row * output_row + column, row * ranks + number * own_ranks
+            for i in range(whole if row < four else 0, columns, LANES):
+                sums = part(output, to + i, columns - i)
+                for rank in range(own_ranks):
+                    sums = fma(splat(low[first + rank]), part(a, b + rank * columns + i, columns - i), sums)
+                store_part(output, to + i, sums, columns - i)
