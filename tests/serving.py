@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -45,12 +46,13 @@ class Server:
             self.wait_until_ready()
         return self
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self, verify: Any = True) -> None:
+        """`verify` as httpx has it, for a server with a certificate of its own."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"
             try:
-                if httpx.get(f"{self.url}/api/v1/healthz", timeout=5).status_code == 200:
+                if httpx.get(f"{self.url}/api/v1/healthz", timeout=5, verify=verify).status_code == 200:
                     return
             except httpx.TransportError:
                 pass

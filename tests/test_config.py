@@ -120,6 +120,7 @@ def test_models_from_file_and_environment(monkeypatch, tmp_path):
         ({"models": ["a,max_rnk=3"]}, "did you mean 'max_rank'"),
         ({"models": ["a,max_rank=0"]}, "model a,max_rank=0: max_rank: Input should be greater than 0 (it is '0')"),
         ({"port": 70000}, "port: "),
+        ({"tls_key": "k.pem"}, "tls_key is given without tls_cert"),
         ({"prot": 1}, "there is no setting 'prot'; did you mean 'port'?"),
         ({"dtype": "int4"}, "dtype: "),
         ({"quantization": "int4"}, "quantization: "),

@@ -15,7 +15,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -178,6 +187,12 @@ class Settings(PerModel, BaseSettings):
         "`postgresql+psycopg://USER:PASSWORD@HOST/DATABASE` needs the extra `postgresql`. A database belongs to one "
         "data folder.",
     )
+    tls_cert: Path | None = Field(
+        None,
+        description="PEM file with the certificate to listen with, and those that lead to its authority; with "
+        "`tls_key`, the server speaks HTTPS and nothing else.",
+    )
+    tls_key: Path | None = Field(None, description="PEM file with the certificate's private key, without a password.")
     log_file: Path | None = Field(None, description="File that the log is appended to; without it, standard error.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     models: Annotated[list[ModelSettings], NoDecode, BeforeValidator(_read_models)] = Field(
@@ -275,10 +290,17 @@ class Settings(PerModel, BaseSettings):
         "told to wait (429).",
     )
 
-    @field_validator("data_dir", "log_file", "config")
+    @field_validator("data_dir", "log_file", "config", "tls_cert", "tls_key")
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
         return path.expanduser() if path else path
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> Settings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("tls_cert", "tls_key") if self.tls_key is None else ("tls_key", "tls_cert")
+            raise ValueError(f"{given} is given without {missing}; a certificate and its key go together")
+        return self
 
     @field_validator("models")
     @classmethod
@@ -355,9 +377,9 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def server_url(host: str, port: int) -> str:
+def server_url(host: str, port: int, tls: bool = False) -> str:
     """Where a server that listens there is found."""
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return f"http{'s' * tls}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def source_folder(source: str) -> str:
@@ -390,5 +412,5 @@ def _sentence(problem: Any, known: Iterable[str]) -> str:
         return f"there is no setting {place!r}; {meant}"
     if problem["type"] == "value_error":
         error = problem["ctx"]["error"]
-        return str(error) if isinstance(error, ModelError) else f"{place}: {error}"
+        return str(error) if isinstance(error, ModelError) or not place else f"{place}: {error}"
     return f"{place}: {problem['msg']} (it is {problem['input']!r})"

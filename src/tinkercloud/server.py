@@ -8,6 +8,7 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 
@@ -18,7 +19,7 @@ import uvicorn
 
 from tinkercloud.api import tokens
 from tinkercloud.api.app import create_app
-from tinkercloud.config import Settings, server_url
+from tinkercloud.config import Settings, is_loopback, server_url
 from tinkercloud.control.conductor import Unfinished
 from tinkercloud.control.engines import OnProgress
 from tinkercloud.control.housekeeping import keep_house
@@ -68,6 +69,7 @@ async def _serve(
     on_stopping: Callable[[Unfinished], None],
 ) -> None:
     listener = _bind(settings)
+    _check_certificate(settings)
     try:
         service = await Service.start(settings, on_progress)
     except (DatabaseInUse, DataDirInUse, UnusableDatabase, WrongVersion, NoKeys) as error:
@@ -84,6 +86,8 @@ async def _serve(
         access_log=False,
         lifespan="off",
         timeout_keep_alive=75,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     server = _Server(config)
@@ -100,7 +104,12 @@ async def _serve(
         asyncio.create_task(keep_house(service), name="housekeeping"),
         asyncio.create_task(_announce_ready(service, server, on_ready), name="readiness"),
     ]
-    on_listening(server_url(*listener.getsockname()[:2]))
+    if not is_loopback(settings.host) and settings.tls_cert is None:
+        log.warning(
+            "keys and data travel unencrypted: give --set tls_cert=FILE and --set tls_key=FILE, or let a proxy in "
+            "front of this server speak HTTPS"
+        )
+    on_listening(server_url(*listener.getsockname()[:2], tls=settings.tls_cert is not None))
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -113,6 +122,19 @@ async def _serve(
         await service.stop()
     if failed:
         raise StartError("; ".join(failed))
+
+
+def _check_certificate(settings: Settings) -> None:
+    """StartError if the server's certificate and key cannot be used."""
+    if settings.tls_cert is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except OSError as error:  # ssl's errors are some
+        raise StartError(
+            f"{settings.tls_cert} and {settings.tls_key} are no certificate and its key that can be read "
+            f"({error.strerror or error}); both are PEM files, the key without a password"
+        ) from None
 
 
 def _bind(settings: Settings) -> socket.socket:

@@ -4,7 +4,7 @@ import json
 
 from tinker import types
 
-from tests.api.tenants import json_batch
+from tests.api.tenants import json_batch, make_key
 from tests.api.test_tenancy import ROWS
 from tinkercloud.api.app import PREFIX, create_app
 from tinkercloud.api.audit import event_of
@@ -130,6 +130,20 @@ def test_the_audit_log_says_who_did_what(tenants):
         assert {entry["event"].partition("_")[0] for entry in of_checkpoints} == {"checkpoint"}
         assert (await tenants.ask("an operator", "GET", "/audit?day=2020-01-01")).json() == {"entries": []}
         assert (await tenants.ask("an operator", "GET", "/audit?day=soon")).status_code == 422
+
+    tenants.run(story())
+
+
+def test_the_sessions_of_a_projects_key_are_the_projects(tenants):
+    async def story():
+        tenants.secrets["grace"], _ = make_key(tenants.data_dir, "grace", project_id="moon")
+        await tenants.service.keys.refresh()
+        for given in ({}, {"project_id": "moon"}):
+            await tenants.post("/create_session", "grace", sdk_version="x", **given)
+        other = await tenants.ask("grace", "POST", "/create_session", {"sdk_version": "x", "project_id": "sun"})
+        assert other.status_code == 403 and "'moon'" in other.text
+        listed = (await tenants.ask("an operator", "GET", "/admin/sessions")).json()["sessions"]
+        assert [session["project_id"] for session in listed if session["owner"] == "grace"] == ["moon", "moon"]
 
     tenants.run(story())
 

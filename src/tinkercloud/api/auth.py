@@ -58,6 +58,15 @@ Owner = Annotated[str, Depends(_owner_of)]
 """The owner that a request acts for."""
 
 
+def project_for(caller: Caller, wanted: str | None) -> str | None:
+    """The project of something that a caller makes, or moves there: the one that was asked for, or its key's. Forbidden
+    where a key is for another one."""
+    own = None if caller.key is None else caller.key.project_id
+    if own is not None and wanted not in (None, own):
+        raise Forbidden(f"this key is for project {own!r} and cannot be used for project {wanted!r:.80}; leave it out")
+    return own if wanted is None else wanted
+
+
 def require_operator(request: Request) -> None:
     """Forbidden for keys that may not administer the server."""
     if not caller_of(request).is_operator:

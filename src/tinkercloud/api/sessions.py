@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from tinkercloud.api.audit import Event, note
-from tinkercloud.api.auth import Owner
+from tinkercloud.api.auth import Owner, caller_of, project_for
 from tinkercloud.api.dependencies import Limit, Offset, ServiceOf, body_of
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.answers import text_metadata
@@ -27,7 +27,7 @@ async def create_session(request: Request, service: ServiceOf, owner: Owner) -> 
         tags=given.tags,
         user_metadata=given.user_metadata or {},
         sdk_version=given.sdk_version,
-        project_id=given.project_id,
+        project_id=project_for(caller_of(request), given.project_id),
         display_name=given.display_name,
     )
     note(request, session_id=session.session_id)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import ssl
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import typer
@@ -16,6 +17,9 @@ from tinkercloud.base_models import ModelError, parse_model
 from tinkercloud.cli.console import CommandError, err, out, print_columns
 from tinkercloud.cli.options import ONE_MODEL_TEXT
 from tinkercloud.config import ConfigError, Settings, is_loopback, server_url
+
+if TYPE_CHECKING:
+    import httpx
 
 models = typer.Typer(help="List, add or remove base models of a running server.", no_args_is_help=True)
 checkpoints = typer.Typer(help="List or import checkpoints of a running server.", no_args_is_help=True)
@@ -173,22 +177,29 @@ def _ask(url: str | None, method: str, path: str, answered: str, body: dict[str,
 
     from tinkercloud.api import tokens
 
-    own_token = None
+    own_token = trusted = None
     try:
         settings = Settings.load()
     except ConfigError as error:
         if url is None:
             raise ConfigError(f"{error} (or name the server with --url)") from None
     else:
-        url = url or server_url(settings.host, settings.port)
-        own_token = tokens.issue_operators(settings.data_dir)
-    key = os.environ.get("TINKER_API_KEY") or own_token or "tml-local"
-    if not (key.isascii() and key.isprintable()):
+        url = url or server_url(settings.host, settings.port, tls=settings.tls_cert is not None)
+        own_token, trusted = tokens.issue_operators(settings.data_dir), settings.tls_cert
+    key = os.environ.get("TINKER_API_KEY")
+    if key and not (key.isascii() and key.isprintable()):
         raise CommandError("TINKER_API_KEY has characters that no key has; a key is letters, digits, - and _")
     try:
-        # No proxy is a way to this machine.
-        with httpx.Client(timeout=REQUEST_SECONDS, trust_env=not is_loopback(httpx.URL(url).host)) as client:
-            answer = client.request(method, url.rstrip("/") + path, json=body, headers={"X-API-Key": key})
+        with _client(url, trusted) as client:
+            refusals: list[httpx.Response] = []
+            # A user's own key comes first: what belongs to somebody is the user's. Without keys, any will do.
+            for secret in filter(None, (key, own_token, "tml-local")):
+                answer = client.request(method, url.rstrip("/") + path, json=body, headers={"X-API-Key": secret})
+                if answer.status_code not in (401, 403):
+                    break
+                refusals.append(answer)
+            else:
+                answer = refusals[0]
     except httpx.TimeoutException:
         raise CommandError(f"{url} has not answered for {REQUEST_SECONDS:.0f} s; look at the server's log") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -206,3 +217,17 @@ def _ask(url: str | None, method: str, path: str, answered: str, body: dict[str,
             f"{url} is no tinkercloud server (it answers {answer.status_code}); name the server with --url"
         )
     return content
+
+
+def _client(url: str, certificate: Path | None) -> httpx.Client:
+    """An HTTP client for a server; on this machine, one that speaks with its own certificate is trusted by it."""
+    import httpx
+
+    if not is_loopback(httpx.URL(url).host):
+        return httpx.Client(timeout=REQUEST_SECONDS)
+    context: ssl.SSLContext | bool = True
+    if certificate is not None:
+        context = ssl.create_default_context(cafile=str(certificate))
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the server's own is enough, whoever has signed it
+        context.check_hostname = False  # which is no name of the loopback address
+    return httpx.Client(timeout=REQUEST_SECONDS, trust_env=False, verify=context)  # no proxy is a way to this machine

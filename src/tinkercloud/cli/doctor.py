@@ -162,8 +162,9 @@ def _status_of_server(settings: Settings) -> str | None:
     import httpx
 
     try:
-        url = server_url(settings.host, settings.port)
-        answer = httpx.get(f"{url}/api/v1/healthz", timeout=SERVER_SECONDS, trust_env=False).json()
+        url = server_url(settings.host, settings.port, tls=settings.tls_cert is not None)
+        # Nothing secret is asked or sent, so it does not matter whose certificate it is.
+        answer = httpx.get(f"{url}/api/v1/healthz", timeout=SERVER_SECONDS, trust_env=False, verify=False).json()
         return str(answer["status"]) if "engines" in answer else None
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return None
