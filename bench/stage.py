@@ -64,7 +64,7 @@ class Stage:
     @cached_property
     def engine_alone(self) -> Competitor:
         """The server's engine without the server, in the environment that it has in the server."""
-        from tinkercloud.control.engine_handle import engine_environment
+        from tinkercloud.control.engine_process import engine_environment
 
         alone = Competitor("bench.engine_alone", self.model_folder, ("passive",), engine_environment())
         self._stack.callback(alone.close)

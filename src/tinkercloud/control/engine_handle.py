@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
-import signal
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinkercloud.codec import decode
+from tinkercloud.control.engine_process import EngineProcess
 from tinkercloud.control.folders import scratch_folder
 from tinkercloud.engine.messages import (
     LENGTH_BYTES,
@@ -68,22 +66,13 @@ class EngineHandle:
 
     async def start(self) -> BaseModelInfo:
         """Start the process and wait until its base model is loaded. EngineLoadError, EngineDied."""
+        self._on_progress(0.0, "loading torch")
         ours, theirs = socket.socketpair()
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "tinkercloud.engine.process",
-                str(theirs.fileno()),
-                self._options.name,  # for whoever reads the list of processes
-                pass_fds=(theirs.fileno(),),
-                stdin=asyncio.subprocess.DEVNULL,
-                cwd=self._data_dir,
-                env=os.environ | engine_environment(),
-                start_new_session=True,  # Ctrl-C at the terminal is the control process's to handle
-            )
-        finally:
-            theirs.close()
+            self._process = await EngineProcess.start(self._options.name, self._data_dir, theirs)
+        except BaseException:
+            ours.close()  # an engine that is started all the same finds nobody and ends
+            raise
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
         self._reading = asyncio.create_task(self._read())
         self._send(Start(self._options, scratch_folder(self._options.name)))
@@ -115,7 +104,7 @@ class EngineHandle:
         if self._reading is None:
             return  # it was never started
         if not self._ready.done():
-            self._kill()
+            self._process.kill()
         elif not self.died.is_set():
             with contextlib.suppress(ConnectionError):
                 self._send(Stop())
@@ -123,13 +112,8 @@ class EngineHandle:
                 await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
             except TimeoutError:
                 log.warning("engine %s did not stop within %.0f s; killing it", self._options.name, STOP_SECONDS)
-                self._kill()
+                self._process.kill()
         await self._reading
-
-    def _kill(self) -> None:
-        """Not `Process.kill`: that one reaps the child behind asyncio's back and its exit code is lost."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGKILL)
 
     def _expect(self) -> tuple[int, asyncio.Future]:
         if self.died.is_set():
@@ -177,7 +161,7 @@ class EngineHandle:
         try:
             await asyncio.wait_for(self._process.wait(), EXIT_SECONDS)
         except TimeoutError:  # it hangs while exiting, or it lives without its socket: either way it is of no use
-            self._kill()
+            self._process.kill()
         code = await self._process.wait()
         self.died.set()
         error = EngineDied(f"engine {self._options.name} ended with code {code}")
@@ -186,24 +170,3 @@ class EngineHandle:
                 future.set_exception(error)
                 future.exception()  # seen: whoever waits gets it, and nobody may be waiting
         self._waiting.clear()
-
-
-SPIN_COUNT = "10000"
-"""Turns of GNU OpenMP's waiting loop, some 0.1 ms: as long as there is between two products of a pass, and short enough
-to do no harm where threads are more than free cores."""
-
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=268435456"
-"""Large pages, and up to 256 MB that are kept for the next pass: fresh memory costs an engine a tenth of its time."""
-
-
-def engine_environment() -> dict[str, str]:
-    """Environment of an engine; what the user's own says goes before it.
-
-    OpenMP threads spin for a moment, then sleep: a pool that only spins runs five to ten times slower on cores that
-    others use, one that sleeps at once takes longer to wake than a small product does.
-    """
-    wanted = {"OMP_WAIT_POLICY": "passive", "GLIBC_TUNABLES": MALLOC}
-    chosen = {name: os.environ.get(name, value) for name, value in wanted.items()}
-    if chosen["OMP_WAIT_POLICY"].lower() == "passive":
-        chosen["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", SPIN_COUNT)
-    return {**chosen, "TOKENIZERS_PARALLELISM": "false"}

@@ -1,7 +1,7 @@
 """An engine process: one base model, one thread that computes, one that listens.
 
-Started by the control process as `python -m tinkercloud.engine.process FD` with one end of a socket pair. The computing
-thread runs training cycles and sampling steps in turns; it ends when the control process does.
+Started by the control process with one end of a socket pair (`run`). The computing thread runs training cycles and
+sampling steps in turns; it ends when the control process does.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import logging
 import os
 import queue
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
+
+from setproctitle import setproctitle
 
 from tinkercloud.codec import decode
 from tinkercloud.engine.messages import (
@@ -132,12 +133,11 @@ def _listen(sock: socket.socket, inbox: queue.SimpleQueue[ToEngine]) -> None:
 
 
 def _load(options: EngineOptions, scratch: Path, sock: socket.socket) -> tuple[Trainer, Sampler]:
-    """Bring up the torch engine. Imported here: nothing before this needs torch, which takes seconds to load."""
+    """Bring up the torch engine. Imported here: the control process knows this module, and has no torch."""
 
     def progress(fraction: float, text: str) -> None:
         sock.sendall(frame(Progress(fraction, text)))
 
-    progress(0.0, "loading torch")
     from tinkercloud.engine.torch.model import BaseModel
     from tinkercloud.engine.torch.sampler import TorchSampler
     from tinkercloud.engine.torch.trainer import TorchTrainer
@@ -146,10 +146,13 @@ def _load(options: EngineOptions, scratch: Path, sock: socket.socket) -> tuple[T
     return TorchTrainer(model, options, scratch), TorchSampler(model, options)
 
 
-def main(fd: int) -> None:
-    """Serve the control process at the other end of an inherited socket."""
+def run(name: str, folder: str, sock: socket.socket) -> None:
+    """Be an engine: serve the control process at the other end of a socket. The folders in operations are relative to
+    `folder`; `name` is for whoever lists the processes."""
+    os.setsid()  # Ctrl-C at the terminal is the control process's to handle
+    os.chdir(folder)
+    setproctitle(f"tinkercloud engine {name}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s engine: %(message)s")
-    sock = socket.socket(fileno=fd)
     start = receive(sock)
     if not isinstance(start, Start):
         return
@@ -162,7 +165,3 @@ def main(fd: int) -> None:
     threading.Thread(target=_listen, args=(sock, inbox), name="listener", daemon=True).start()
     sock.sendall(frame(Ready(trainer.info)))
     Engine(trainer, sampler, sock, inbox).serve()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
