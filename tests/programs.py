@@ -12,7 +12,9 @@ LIMIT_SECONDS = 300
 """How long a program may take before it counts as hanging."""
 
 
-def run_python(environment: str, *arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    environment: str, *arguments: str, cwd: Path, input: str = "", **environ: str
+) -> subprocess.CompletedProcess[str]:
     """Run `python ARGUMENTS` of an environment, such as `.venv-clients`, in the folder `cwd`; what it printed.
 
     It sees none of this process's own settings for the SDK, the hub or Python, only those given as keywords.
@@ -25,6 +27,7 @@ def run_python(environment: str, *arguments: str, cwd: Path, **environ: str) -> 
         [str(python), *arguments],
         check=False,
         capture_output=True,
+        input=input,
         text=True,
         timeout=LIMIT_SECONDS,
         cwd=cwd,

@@ -98,6 +98,14 @@ class PerModel(BaseModel):
     logits_bytes: ByteSize = Field(64 * MIB, gt=0, description="Most bytes that logits may take at a time.")
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 is what the machine has.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model's files.")
+    price_train: float = Field(
+        0, ge=0, allow_inf_nan=False, description="USD for a million tokens of forward and backward passes, in billing."
+    )
+    price_prefill: float = Field(0, ge=0, allow_inf_nan=False, description="USD for a million tokens of prompts.")
+    price_cached: float = Field(
+        0, ge=0, allow_inf_nan=False, description="USD for a million tokens of prompts that were remembered."
+    )
+    price_sample: float = Field(0, ge=0, allow_inf_nan=False, description="USD for a million tokens that were drawn.")
     idle_seconds: float = Field(
         600,
         gt=0,
@@ -175,6 +183,12 @@ class Settings(PerModel, BaseSettings):
         description="Names, without port, by which requests may call the server beside loopback addresses and `host`, "
         "and hosts whose web pages may use it; such as the name of a proxy in front of it. `*` is any: only where a "
         "proxy looks at them.",
+    )
+    public_url: str | None = Field(
+        None,
+        pattern="^https?://",
+        description="URL, with the prefix if any, by which clients reach this server, where a proxy stands in front of "
+        "it that does not pass on the host that they asked; links to downloads begin with it.",
     )
     data_dir: Path = Field(
         default_factory=_default_data_dir,
@@ -290,6 +304,10 @@ class Settings(PerModel, BaseSettings):
         "told to wait (429).",
     )
 
+    price_storage: float = Field(
+        0, ge=0, allow_inf_nan=False, description="USD for a gigabyte (10^9 bytes) of checkpoints in a month (720 h)."
+    )
+
     @field_validator("data_dir", "log_file", "config", "tls_cert", "tls_key")
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:
@@ -360,7 +378,8 @@ class Settings(PerModel, BaseSettings):
         from tinkercloud.engine.types import EngineOptions
 
         chosen = self.model(model) if isinstance(model, str) else model
-        own = {name: self.for_model(chosen, name) for name in PerModel.model_fields if name != "idle_seconds"}
+        of_the_engine = [name for name in PerModel.model_fields if name in EngineOptions.__struct_fields__]
+        own = {name: self.for_model(chosen, name) for name in of_the_engine}
         return EngineOptions(name=chosen.name, source=source_folder(chosen.source), **own)
 
     def for_model(self, model: ModelSettings, setting: str) -> Any:

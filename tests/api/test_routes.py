@@ -324,3 +324,37 @@ def test_the_description_names_every_body(shared_run):
     described = json.loads(shared_run.http.get("../../openapi.json").text)
     references = {part.split('"')[0] for part in json.dumps(described).split("#/components/schemas/")[1:]}
     assert references <= described["components"]["schemas"].keys()
+
+
+@pytest.mark.parametrize(
+    ("starting_on", "ending_before", "status", "says"),
+    [
+        ("2026-07-13T00:30:00Z", "2026-07-14T00:00:00Z", 400, "not the beginning of an hour"),
+        ("2026-07-13T00:00:00Z", "2026-07-13T00:00:00Z", 400, "at most 14 days later"),
+        ("2026-07-01T00:00:00Z", "2026-07-15T01:00:00Z", 400, "at most 14 days later"),
+        ("2226-07-01T00:00:00Z", "2226-07-02T00:00:00Z", 400, "in the future"),
+        ("2026-07-01T00:00:00", "2026-07-02T00:00:00", 422, "timezone"),
+        ("0001-01-01T00:00:00+23:00", "2026-07-02T00:00:00Z", 400, "at most 14 days"),
+    ],
+)
+def test_usage_is_of_whole_hours_of_two_weeks(shared_run, starting_on, ending_before, status, says):
+    window = {"starting_on": starting_on, "ending_before": ending_before}
+    answer = shared_run.http.get("billing/usage/events", params=window)
+    assert answer.status_code == status and says in answer.json()["detail"], answer.text
+
+
+def test_the_audit_log_has_what_was_done_to_checkpoints(run):
+    saved = run.post("save_weights", model_id=run.id, seq_id=run.next_seq(), path="audited")
+    path = run.result(saved["request_id"])["path"]
+    address = f"training_runs/{run.id}/checkpoints/weights/audited"
+    assert run.http.put(f"{address}/ttl", json={"ttl_seconds": 3600}).status_code == 204
+    for method in ("POST", "POST", "DELETE"):
+        assert run.http.request(method, f"{address}/publish").status_code == 204
+    assert run.http.delete(address).status_code == 204
+    assert run.http.delete(address).status_code == 404
+    found = types.AuditLogResponse.model_validate(run.http.get("audit?event_type=checkpoints").json()).entries
+    mine = [entry.event for entry in found if entry.tinker_path == path]
+    published = ["checkpoint_publish", "checkpoint_publish", "checkpoint_unpublish"]
+    assert mine == ["checkpoint_ttl_set", *published, "checkpoint_delete"]
+    assert not run.http.get("audit?event_type=teams").json()["entries"]
+    assert not run.http.get("audit?day=2020-01-01").json()["entries"]

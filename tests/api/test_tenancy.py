@@ -61,6 +61,14 @@ def operation(path: str, /, **fields: Any) -> Row:
     return Row(at(path), lambda things: {"model_id": things.run, "seq_id": things.seq_id} | fields)
 
 
+CHECKPOINT = "/training_runs/{training_run_id}/checkpoints/{segment}/{name}"
+
+
+def checkpoint(things: Things) -> str:
+    run, name = things.checkpoint.removeprefix("tinker://").split("/", 1)
+    return f"/training_runs/{run}/checkpoints/{name}"
+
+
 ROWS: dict[str, Row] = {
     "POST /client/config": of_the_caller("/client/config", {"sdk_version": "x"}),
     "POST /client/dynamic_config": of_the_caller("/client/dynamic_config", {"sdk_version": "x"}),
@@ -139,6 +147,29 @@ ROWS: dict[str, Row] = {
     "GET /training_runs/{training_run_id}/checkpoints": Row(lambda things: f"/training_runs/{things.run}/checkpoints"),
     "GET /checkpoints": of_the_caller("/checkpoints"),
     "POST /weights_info": Row(at("/weights_info"), lambda things: {"tinker_path": things.checkpoint}),
+    "POST /copy_weights": Row(
+        at("/copy_weights"), lambda things: {"source_path": things.checkpoint, "destination_project_id": "p"}
+    ),
+    "POST /save_weights_external": operation("/save_weights_external", path="again"),
+    f"GET {CHECKPOINT}/external_weights_urls": Row(
+        lambda things: f"{checkpoint(things)}/external_weights_urls", owner=400
+    ),
+    f"GET {CHECKPOINT}/archive": Row(lambda things: f"{checkpoint(things)}/archive", owner=302),
+    f"PUT {CHECKPOINT}/ttl": Row(
+        lambda things: f"{checkpoint(things)}/ttl", lambda things: {"ttl_seconds": None}, owner=204
+    ),
+    f"DELETE {CHECKPOINT}/publish": Row(lambda things: f"{checkpoint(things)}/publish", owner=204),
+    f"POST {CHECKPOINT}/publish": Row(lambda things: f"{checkpoint(things)}/publish", owner=204, ends=True),
+    f"DELETE {CHECKPOINT}": Row(checkpoint, owner=204, ends=True),
+    "PUT /sessions/{session_id}/project": Row(
+        lambda things: f"/sessions/{things.session}/project", lambda things: {"project_id": "p"}, owner=204
+    ),
+    "GET /sessions/{session_id}/trace_export": Row(lambda things: f"/sessions/{things.session}/trace_export"),
+    "POST /sessions/search": of_the_caller("/sessions/search", {"owner": {"type": "accessible"}}),
+    "GET /billing/usage/events": of_the_caller(
+        "/billing/usage/events?starting_on=2026-01-01T00:00:00Z&ending_before=2026-01-02T00:00:00Z"
+    ),
+    "GET /billing/usage/checkpoints/current": of_the_caller("/billing/usage/checkpoints/current"),
     "GET /admin/models": only_operators("/admin/models"),
     "POST /admin/models": only_operators("/admin/models", {"name": "a/b"}),
     "DELETE /admin/models/{name:path}": only_operators("/admin/models/a/b"),
@@ -154,6 +185,7 @@ ROWS: dict[str, Row] = {
 
 WITHOUT_A_KEY = {
     "GET /api/v1/healthz",
+    "GET /api/v1/downloads/{token}/{name}",
     "GET /hf/api/models/{repository:path}",
     "GET /hf/api/models/{repository:path}/revision/{revision}",
     "GET /hf/api/models/{repository:path}/tree/{revision}",
@@ -164,7 +196,8 @@ WITHOUT_A_KEY = {
     "GET /docs/oauth2-redirect",
     "GET /redoc",
 }
-"""Whether the server is up, tokenizers (a hub's client has no key), and the description of this API."""
+"""Whether the server is up, what a signed link is to, tokenizers (a hub's client has no key), and the description of
+this API."""
 
 
 def routes() -> set[str]:
@@ -304,5 +337,38 @@ def test_lists_show_what_is_the_owners(tenants):
             of_owner = await tenants.ask("owner", "GET", path)
             assert tenants.things.session in of_owner.text
             assert tenants.things.session not in (await tenants.ask("another owner", "GET", path)).text
+
+    tenants.run(story())
+
+
+def test_a_published_checkpoint_is_everybodys_to_read_and_its_owners_to_change(tenants):
+    async def story():
+        things = await tenants.begin()
+        await tenants.begin("another owner")
+
+        async def ask(method: str, path: str, body: Any = None, who: str = "another owner", **headers: str):
+            return (await tenants.ask(who, method, path, body, **headers)).status_code
+
+        info = {"tinker_path": things.checkpoint}
+        copy = {"source_path": things.checkpoint, "destination_project_id": "p"}
+        publish = f"{checkpoint(things)}/publish"
+        assert await ask("POST", "/weights_info", info) == 404
+        assert await ask("POST", publish) == 404, "it is not his to publish"
+        assert await ask("POST", publish, who="owner") == 204
+        assert await ask("POST", "/weights_info", info) == await ask("POST", "/copy_weights", copy) == 200
+        for method, path in (("DELETE", checkpoint(things)), ("DELETE", publish), ("PUT", f"{checkpoint(things)}/ttl")):
+            assert await ask(method, path, {"ttl_seconds": 3600}) == 404, f"{method} is its owner's"
+        assert await ask("DELETE", publish, who="owner") == 204
+        assert await ask("POST", "/weights_info", info) == await ask("POST", "/copy_weights", copy) == 404
+
+        token = tenants.secrets["owner"]
+        header = {"x-tinker-weights-access-token": token}
+        assert await ask("POST", "/copy_weights", copy, **header) == 200
+        assert await ask("POST", "/copy_weights", copy, **{"x-tinker-weights-access-token": "tml-no"}) == 403
+        session = (await tenants.post("/create_session", "another owner", sdk_version="x"))["session_id"]
+        load = {"session_id": session, "model_seq_id": 0, "path": things.checkpoint, "optimizer": True}
+        assert await ask("POST", "/load_weights", load) == 404
+        loading = await tenants.post("/load_weights", "another owner", **load, weights_access_token=token)
+        assert (await tenants.result(loading, "another owner"))["path"] == things.checkpoint
 
     tenants.run(story())

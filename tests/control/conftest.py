@@ -74,7 +74,7 @@ class Client:
     async def save(self, name: str, **options) -> CheckpointRecord:
         """The checkpoint; `options` as `TrainingRuns.save_weights` takes them."""
         self.seq_id += 1
-        given = {"for_sampler": False, "ttl_seconds": None, "overwrite": False, "user_metadata": None, **options}
+        given = {"kind": "training", "ttl_seconds": None, **options}
         saved = await self.result(await self.service.runs.save_weights(self.model, self.seq_id, name, **given))
         return await self.service.checkpoints.get(saved.path, OWNER)
 

@@ -146,7 +146,7 @@ def test_a_repeated_create_is_the_first_one_or_says_that_it_is_not(shared, monke
                 client.model,
                 None,
                 name,
-                for_sampler=False,
+                kind="training",
                 ttl_seconds=None,
                 overwrite=False,
                 user_metadata=None,

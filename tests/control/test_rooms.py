@@ -12,9 +12,7 @@ from tinkercloud.ledger.records import SamplerSaved, WeightsSaved
 
 
 def save(client, name):
-    return client.service.runs.save_weights(
-        client.model, None, name, for_sampler=False, ttl_seconds=None, overwrite=False, user_metadata=None
-    )
+    return client.service.runs.save_weights(client.model, None, name, kind="training", ttl_seconds=None)
 
 
 def test_requests_without_a_seq_id_never_share_one(shared):

@@ -56,7 +56,7 @@ def test_samplers_of_finished_sessions_go_and_with_them_what_they_kept(serving, 
             unbound = await service.samplers.unbound(OWNER, NANO, None)
             expected = await Client._finished(service, await sample(service, unbound, 0))
             client, reader = await Client.create(service), await Client.create(service)
-            saved = await client.save("kept", for_sampler=True)
+            saved = await client.save("kept", kind="sampler")
             path, checkpoint = saved.path, tmp_path / "data" / saved.folder
             named = await service.samplers.create(reader.session, 0, None, path)
             running = await ephemeral(reader, 1)

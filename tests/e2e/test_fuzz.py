@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from hypothesis import given
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tinker.proto import tinker_public_pb2 as pb
 
@@ -120,6 +121,15 @@ def test_random_json(run, victim, path):
 
     send()
     run.trains_on()
+
+
+@schemathesis.openapi.from_dict(DESCRIBED).parametrize()
+@settings(fuzzing(5), phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+def test_whatever_the_description_allows(case, server):
+    answer = case.call(base_url=server.url, timeout=60, allow_redirects=False)
+    assert answer.status_code < 500, f"{case.as_curl_command()}\n{answer.text}"
+    if answer.status_code >= 400:
+        assert answer.json()["detail"]
 
 
 def test_random_bytes(run, victim):

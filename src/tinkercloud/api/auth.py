@@ -19,6 +19,7 @@ from tinkercloud.api import tokens
 from tinkercloud.api.errors import drain, refused
 from tinkercloud.config import Settings
 from tinkercloud.control.keys import Keys
+from tinkercloud.control.service import Service
 from tinkercloud.errors import Forbidden, Unauthorized
 from tinkercloud.ledger.records import KeyRecord
 
@@ -26,8 +27,8 @@ LOCAL_OWNER = "local"
 """Whose everything is that was made without keys; a key for this user gets at it."""
 
 PREFIX = "/api/v1"
-OPEN: frozenset[str] = frozenset({f"{PREFIX}/healthz"})
-"""What needs no key under `PREFIX`: a load balancer has none."""
+OPEN = (f"{PREFIX}/healthz", f"{PREFIX}/downloads/")
+"""What paths begin with that need no key: a load balancer has none, and links to downloads are signed."""
 
 DRAINED_BYTES = 64 * 2**10
 """Bodies up to this size are read to their end before a request is refused, so that its sender reads the answer."""
@@ -67,6 +68,20 @@ def project_for(caller: Caller, wanted: str | None) -> str | None:
     return own if wanted is None else wanted
 
 
+def owner_of_token(request: Request, service: Service, token: str | None) -> str | None:
+    """Whose weights a `weights_access_token` lets a request read: a key, or a token that was given for one. None
+    without one, and where there are no keys. Forbidden if it is not valid."""
+    if not token or not service.keys.configured:
+        return None
+    try:
+        return identify(token, service.keys, request.app.state.settings.data_dir).owner
+    except Unauthorized:
+        raise Forbidden(
+            "the weights_access_token is not valid here: send an API key of the checkpoint's owner, or a token from "
+            "auth/token that was given for one"
+        ) from None
+
+
 def require_operator(request: Request) -> None:
     """Forbidden for keys that may not administer the server."""
     if not caller_of(request).is_operator:
@@ -84,7 +99,7 @@ class Authentication:
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(PREFIX) and scope["path"] not in OPEN:
+        if scope["type"] == "http" and scope["path"].startswith(PREFIX) and not scope["path"].startswith(OPEN):
             try:
                 keys: Keys = scope["app"].state.service.keys
                 scope.setdefault("state", {})["caller"] = self._caller(keys, Headers(scope=scope))

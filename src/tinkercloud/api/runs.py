@@ -16,11 +16,12 @@ router = APIRouter(tags=["training runs"])
 
 
 @router.get("/training_runs")
-async def list_training_runs(service: ServiceOf, owner: Owner, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
-    """A page of the owner's training runs, newest first."""
-    models, total = await service.runs.list(owner, limit, offset)
-    checkpoints = await service.checkpoints.list(owner, None)
-    runs = [_run_json(model, [c for c in checkpoints if c.model_id == model.model_id]) for model in models]
+async def list_training_runs(
+    service: ServiceOf, owner: Owner, limit: Limit = 20, offset: Offset = 0, project_id: str | None = None
+) -> dict[str, Any]:
+    """A page of the owner's training runs, of one project or of all, newest first."""
+    models, total = await service.runs.list(owner, limit, offset, project_id)
+    runs = [_run_json(model, await service.checkpoints.of_run(model.model_id, owner)) for model in models]
     return {"training_runs": runs, "cursor": {"offset": offset, "limit": limit, "total_count": total}}
 
 
@@ -28,7 +29,7 @@ async def list_training_runs(service: ServiceOf, owner: Owner, limit: Limit = 20
 async def get_training_run(training_run_id: str, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """One training run, also one that was unloaded."""
     model = await service.runs.find(training_run_id, owner)
-    return _run_json(model, await service.checkpoints.list(owner, training_run_id))
+    return _run_json(model, await service.checkpoints.of_run(training_run_id, owner))
 
 
 def _run_json(model: ModelRecord, checkpoints: list[CheckpointRecord]) -> dict[str, Any]:

@@ -9,9 +9,13 @@ from fastapi import APIRouter, Depends, Request
 from tinkercloud.api.audit import Event, note
 from tinkercloud.api.auth import Owner, caller_of, project_for
 from tinkercloud.api.dependencies import Limit, Offset, ServiceOf, body_of
+from tinkercloud.api.downloads import link
 from tinkercloud.api.wire import json as wire
-from tinkercloud.api.wire.answers import text_metadata
+from tinkercloud.api.wire.answers import iso, text_metadata
 from tinkercloud.api.wire.reading import read
+from tinkercloud.control.session_query import SessionQuery, status_of
+from tinkercloud.ledger.records import SessionRecord
+from tinkercloud.ledger.search import Holdings
 
 router = APIRouter(tags=["sessions"])
 
@@ -54,11 +58,92 @@ async def finish_session(session_id: str, request: Request, service: ServiceOf, 
     return {"type": "finish_session"}
 
 
+@router.put(
+    "/sessions/{session_id}/project",
+    status_code=204,
+    openapi_extra=body_of(wire.AssignProject),
+    dependencies=[Depends(Event("project_session_assign"))],
+)
+async def assign_project(session_id: str, request: Request, service: ServiceOf, owner: Owner) -> None:
+    """Move a session, and with it its training runs and samplers, into a project."""
+    given = await read(request, wire.AssignProject)
+    await service.sessions.assign(session_id, owner, project_for(caller_of(request), given.project_id))
+
+
+@router.post("/sessions/search", openapi_extra=body_of(wire.SearchSessions))
+async def search_sessions(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+    """A page of the sessions that match, newest first. `next_cursor` is null on the last one."""
+    given = await read(request, wire.SearchSessions)
+    if given.owner.type == "user" and owner not in (given.owner.owner_urns or ()):
+        return {"sessions": [], "next_cursor": None}
+    found = await service.sessions.search(owner, _query(given))
+    cursor = None
+    if len(found) == given.limit:
+        last, _ = found[-1]
+        cursor = {"last_created_at": iso(last.created_at), "last_session_id": last.session_id}
+    return {"sessions": [_summary(*item) for item in found], "next_cursor": cursor}
+
+
+def _query(given: wire.SearchSessions) -> SessionQuery:
+    behind = None
+    if given.cursor is not None:
+        behind = given.cursor.last_created_at.timestamp(), given.cursor.last_session_id
+    statuses = None
+    if given.statuses is not None:  # no session fails here: one goes on after whatever failed in it
+        asked = [status for status in given.statuses if status.type != "failed"]
+        statuses = tuple((status.type, None if status.reasons is None else tuple(status.reasons)) for status in asked)
+    return SessionQuery(
+        session_id=given.session_id,
+        display_name=given.display_name,
+        project_ids=None if given.project_ids is None else tuple(given.project_ids),
+        user_metadata=given.user_metadata,
+        statuses=statuses,
+        limit=given.limit,
+        behind=behind,
+    )
+
+
+def _summary(session: SessionRecord, saved: Holdings) -> dict[str, Any]:
+    """The SDK's `SessionSummary`."""
+    return {
+        "session_id": session.session_id,
+        "created_at": iso(session.created_at),
+        "owner": session.owner,
+        "project_id": session.project_id or "",
+        "status": _status(session),
+        "checkpoints_count": saved.checkpoints,
+        "display_name": session.display_name,
+        "user_metadata": text_metadata(session.user_metadata),
+        "checkpoint_storage_bytes": saved.bytes,
+    }
+
+
+def _status(session: SessionRecord) -> dict[str, Any] | None:
+    match status_of(session):
+        case "active":
+            return {"type": "active"}
+        case "client_finished":
+            return {"type": "client_finished", "reason": {"type": session.finish_reason}, "detail": None}
+        case "cancelled":
+            return {"type": "cancelled", "detail": session.finish_reason}
+        case _:
+            return None
+
+
 @router.get("/sessions")
 async def list_sessions(service: ServiceOf, owner: Owner, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
     """Ids of the owner's sessions, newest first."""
     sessions = await service.sessions.list(owner, limit, offset)
     return {"sessions": [session.session_id for session in sessions]}
+
+
+@router.get("/sessions/{session_id}/trace_export")
+async def trace_export(session_id: str, request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+    """A link to the session's timeline as a Perfetto trace: what waited, what ran, in which cycles and steps. The trace
+    is made when the link is followed, so that it is as new as can be."""
+    await service.sessions.get(session_id, owner)
+    url, _ = link(request, f"{session_id}.pftrace", {"session": session_id, "owner": owner})
+    return {"status": "ready", "url": url, "error": None}
 
 
 @router.get("/sessions/{session_id}")

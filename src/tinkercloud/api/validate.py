@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.json_arrays import integer_matrix, integers, tokens_from
+from tinkercloud.engine.external_weights import read_recipients
 from tinkercloud.engine.types import (
     AdamParams,
     BaseModelInfo,
     DimuonParams,
     LoraConfig,
     Matrix,
+    OperationError,
     OptimizerFamily,
     OptimizerParams,
     SamplingParams,
@@ -114,6 +117,14 @@ def check_name(name: str | None, ttl_seconds: int | None) -> None:
             f"ttl_seconds {ttl_seconds} is out of range; use {MIN_TTL_SECONDS} (an hour) to {MAX_TTL_SECONDS} "
             "(ten years), or leave it out to keep the checkpoint"
         )
+
+
+def check_recipients(recipients: Sequence[str]) -> None:
+    """Public keys that external weights can be encrypted to."""
+    try:
+        read_recipients(recipients)
+    except OperationError as error:
+        raise InvalidRequest(str(error)) from None
 
 
 def sample_from(

@@ -7,10 +7,10 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from tinkercloud.api.audit import Event, leave_out
-from tinkercloud.api.auth import Caller, Owner, caller_of
+from tinkercloud.api.auth import Owner, caller_of, owner_of_token
 from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.refusals import accepted, read_operation, recorded
-from tinkercloud.api.validate import check_name, optimizer_from
+from tinkercloud.api.validate import check_name, check_recipients, optimizer_from
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.reading import as_request
 from tinkercloud.control.service import Service
@@ -36,7 +36,7 @@ async def save_weights(request: Request, service: ServiceOf, owner: Owner) -> di
             model,
             given.seq_id,
             given.path,
-            for_sampler=False,
+            kind="training",
             ttl_seconds=given.ttl_seconds,
             overwrite=given.overwrite,
             user_metadata=given.user_metadata,
@@ -68,9 +68,8 @@ async def save_weights_for_sampler(request: Request, service: ServiceOf, owner: 
                 model,
                 given.seq_id,
                 given.path,
-                for_sampler=True,
+                kind="sampler",
                 ttl_seconds=given.ttl_seconds,
-                overwrite=False,
                 user_metadata=given.user_metadata,
             )
         else:
@@ -78,12 +77,35 @@ async def save_weights_for_sampler(request: Request, service: ServiceOf, owner: 
     return await accepted(service, owner, entry, "save_weights_for_sampler")
 
 
+@router.post(
+    "/save_weights_external",
+    openapi_extra=body_of(wire.SaveWeightsExternal),
+    dependencies=[Depends(Event("checkpoint_create"))],
+)
+async def save_weights_external(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+    """Save weights for other programs, in the published form, if wished encrypted with age; `external_weights_urls` has
+    the links to the files."""
+    raw = await read_operation(request, service, owner, "save_weights_external")
+    address = as_request(wire.Address, raw)
+    model = await service.runs.live(address.model_id, owner)
+    async with recorded(service, model, address.seq_id, "save_weights_external"):
+        given = as_request(wire.SaveWeightsExternal, raw)
+        check_name(given.path, given.ttl_seconds)
+        recipients = given.age_encryption_recipients or ()
+        check_recipients(recipients)
+        await service.quotas.storage(caller_of(request).key)
+        entry = await service.runs.save_weights(
+            model, given.seq_id, given.path, kind="external", ttl_seconds=given.ttl_seconds, recipients=recipients
+        )
+    return await accepted(service, owner, entry, "save_weights_external")
+
+
 @router.post("/load_weights", openapi_extra=body_of(wire.LoadWeights), dependencies=[Depends(Event("checkpoint_read"))])
 async def load_weights(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Load a checkpoint into a training run (`model_id`), or start one from it (`session_id` and `model_seq_id`)."""
     raw = await read_operation(request, service, owner, "load_weights")
     if raw.get("model_id") is None:
-        return await _create_from(service, caller_of(request), as_request(wire.LoadWeights, raw))
+        return await _create_from(request, service, as_request(wire.LoadWeights, raw))
     address = as_request(wire.Address, raw)
     model = await service.runs.live(address.model_id, owner)
     async with recorded(service, model, address.seq_id, "load_weights"):
@@ -95,19 +117,20 @@ async def load_weights(request: Request, service: ServiceOf, owner: Owner) -> di
                 f"this training run's optimizer is {model.optimizer}, chosen when it was created; leave "
                 "optimizer_config out, or create a training client from the checkpoint"
             )
-        checkpoint = await _loadable(service, owner, given)
+        checkpoint = await _loadable(request, service, owner, given)
         entry = await service.runs.load_weights(model, given.seq_id, checkpoint, given.optimizer)
     return await accepted(service, owner, entry, "load_weights")
 
 
-async def _create_from(service: Service, caller: Caller, given: wire.LoadWeights) -> dict[str, Any]:
+async def _create_from(request: Request, service: Service, given: wire.LoadWeights) -> dict[str, Any]:
+    caller = caller_of(request)
     owner = caller.owner
     if given.session_id is None or given.model_seq_id is None:
         raise InvalidRequest("send model_id and seq_id to load into a training run, or session_id and model_seq_id")
     session = await service.sessions.active(given.session_id, owner)
     optimizer = None if given.optimizer_config is None else optimizer_from(given.optimizer_config)
     try:
-        checkpoint = await _loadable(service, owner, given)
+        checkpoint = await _loadable(request, service, owner, given)
     except NotFound:  # if this is a repeat, the checkpoint may have gone since
         first = await service.runs.created(session, given.model_seq_id)
         if first is None:
@@ -120,8 +143,11 @@ async def _create_from(service: Service, caller: Caller, given: wire.LoadWeights
     return await accepted(service, owner, entry, "load_weights")
 
 
-async def _loadable(service: Service, owner: str, given: wire.LoadWeights) -> CheckpointRecord:
-    checkpoint = await service.checkpoints.get(given.path, owner)
+async def _loadable(request: Request, service: Service, owner: str, given: wire.LoadWeights) -> CheckpointRecord:
+    reader = owner_of_token(request, service, given.weights_access_token)
+    checkpoint = await service.checkpoints.get(given.path, owner, reader)
+    if checkpoint.kind == "external":
+        raise InvalidRequest(f"{given.path} was exported for other programs; load a /weights/ checkpoint")
     if given.optimizer and checkpoint.kind != "training":
         raise InvalidRequest(f"{given.path} has no optimizer state; load a /weights/ checkpoint, or without optimizer")
     if given.base_model not in (None, checkpoint.base_model):

@@ -1,4 +1,4 @@
-"""Named checkpoints: finding them, taking in foreign ones, dropping those whose time is over."""
+"""Named checkpoints: finding and changing them, taking in foreign ones, dropping those whose time is over."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tinkercloud.control.folders import (
     parse_checkpoint_path,
 )
 from tinkercloud.control.storage import Storage
+from tinkercloud.engine.external_weights import AGE_SUFFIX
 from tinkercloud.engine.peft_layout import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_base_model
 from tinkercloud.engine.types import CloseSampler, Failure, LoraConfig, OpenSampler, OperationError
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
@@ -37,26 +38,68 @@ class Checkpoints:
         self._storage = storage
         self._data_dir = data_dir
 
-    async def get(self, path: str, owner: str) -> CheckpointRecord:
-        """By its tinker:// path. NotFound if there is none, InvalidRequest if it is no such path."""
+    async def get(self, path: str, owner: str, reader: str | None = None) -> CheckpointRecord:
+        """To read, by its tinker:// path: one of the owner's, or of `reader`'s, whose token the request has, or a
+        published one. NotFound if there is none, InvalidRequest if it is no such path."""
         parse_checkpoint_path(path)
         checkpoint = await self._ledger.get(CheckpointRecord, path)
-        expired = checkpoint is not None and checkpoint.expires_at is not None and checkpoint.expires_at < time.time()
-        if checkpoint is None or expired or checkpoint.owner != owner:
+        if checkpoint is None or _is_over(checkpoint) or not (checkpoint.owner in (owner, reader) or checkpoint.public):
             raise NotFound(f"there is no checkpoint {path}; `tinkercloud checkpoints list` shows those that there are")
         return checkpoint
 
+    async def owned(self, path: str, owner: str) -> CheckpointRecord:
+        """As `get`, to change it: a published one of somebody else is NotFound too."""
+        checkpoint = await self.get(path, owner)
+        if checkpoint.owner != owner:
+            raise NotFound(f"there is no checkpoint {path} of yours; only its owner can change a published checkpoint")
+        return checkpoint
+
     @asynccontextmanager
-    async def held(self, path: str, owner: str) -> AsyncIterator[CheckpointRecord]:
+    async def held(self, path: str, owner: str, reader: str | None = None) -> AsyncIterator[CheckpointRecord]:
         """As `get`; its folder does not go while the body records who else has it."""
         async with self._storage.lock:
-            yield await self.get(path, owner)
+            yield await self.get(path, owner, reader)
 
-    async def list(self, owner: str, model_id: str | None) -> list[CheckpointRecord]:
-        """All of the owner's checkpoints, or those of one training run, newest first."""
-        if model_id is not None:
-            return await self._ledger.find(CheckpointRecord, owner=owner, model_id=model_id)
-        return await self._ledger.find(CheckpointRecord, owner=owner)
+    async def of_run(self, model_id: str, owner: str) -> list[CheckpointRecord]:
+        """All checkpoints of one of the owner's training runs, newest first."""
+        found = await self._ledger.find(CheckpointRecord, owner=owner, model_id=model_id)
+        return [checkpoint for checkpoint in found if not _is_over(checkpoint)]
+
+    async def list(self, owner: str, limit: int, offset: int) -> tuple[list[CheckpointRecord], int]:
+        """(a page of the owner's checkpoints, newest first; how many there are)."""
+        found = await self._ledger.find(CheckpointRecord, owner=owner, limit=limit, offset=offset)
+        return found, await self._ledger.count(CheckpointRecord, owner=owner)
+
+    def folder(self, checkpoint: CheckpointRecord) -> Path:
+        """Where its files are."""
+        return self._data_dir / checkpoint.folder
+
+    def files(self, checkpoint: CheckpointRecord) -> list[str]:
+        """The names of those that hold its weights and say what they are: not those that only this server reads."""
+        names = {file.name.removesuffix(AGE_SUFFIX): file.name for file in self.folder(checkpoint).iterdir()}
+        return sorted(names[name] for name in (CONFIG_FILE, WEIGHTS_FILE) if name in names)
+
+    # ------------------------------------------------------------ changing what there is
+
+    async def delete(self, path: str, owner: str) -> None:
+        """Forget a checkpoint. Its files go with the last copy and the last sampler that has them; a load that was
+        accepted before has its own hold on them."""
+        checkpoint = await self.owned(path, owner)
+        await self._ledger.remove(CheckpointRecord, path)
+        await self._storage.free(checkpoint.folder)
+
+    async def publish(self, path: str, owner: str, public: bool) -> None:
+        """Let every owner read a checkpoint, or no other any more. What others made of it meanwhile stays theirs."""
+        await self.owned(path, owner)
+        await self._ledger.change(CheckpointRecord, path, public=public)
+
+    async def set_ttl(self, path: str, owner: str, ttl_seconds: int | None) -> None:
+        """Let a checkpoint go so many seconds from now; None keeps it for good."""
+        await self.owned(path, owner)
+        expires_at = None if ttl_seconds is None else time.time() + ttl_seconds
+        await self._ledger.change(CheckpointRecord, path, expires_at=expires_at)
+
+    # ------------------------------------------------------------ taking in foreign ones
 
     async def import_folder(self, folder: Path, name: str, base_model: str | None, owner: str) -> CheckpointRecord:
         """Copy an adapter in PEFT's layout into the data directory, after an engine has been able to load it.
@@ -134,6 +177,11 @@ class Checkpoints:
         """Remove the checkpoints whose time is over, records first."""
         for checkpoint in await self._ledger.remove_expired(now):
             await self._storage.free(checkpoint.folder)
+
+
+def _is_over(checkpoint: CheckpointRecord) -> bool:
+    """Whether its time is over, and housekeeping has not come by yet."""
+    return checkpoint.expires_at is not None and checkpoint.expires_at <= time.time()
 
 
 def _copy_adapter(source: Path, target: Path) -> None:

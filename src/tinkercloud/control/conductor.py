@@ -31,6 +31,7 @@ from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.order import ModelLog
 from tinkercloud.ledger.records import CatalogRecord, CheckpointRecord, Entry, ModelRecord, Outcome, SamplerRecord
+from tinkercloud.ledger.timeline import Times
 from tinkercloud.scheduler.cycle import Waiting, charge, next_cycle
 
 log = logging.getLogger(__name__)
@@ -280,17 +281,19 @@ class Conductor:
                 ready.append((run, prepared))
         if not ready:
             return
+        began = time.time()
         try:
             results = await engine.run_cycle([payload for _, payload in ready])
         except EngineDied:
             self._deaths.update(run.turn.entry.request_id for run, _ in ready)
             raise
+        times = Times(began, time.time(), engine.steps)
         ended = [(run, result) for (run, _), result in zip(ready, results, strict=True)]
         for (run, payload), result in zip(ready, results, strict=True):
             run.unsaved_bytes += len(payload)
             if isinstance(result, LoadOutput):
                 run.loaded_into(engine)
-        await _all(*(self._end(run, result) for run, result in ended))
+        await _all(*(self._end(run, result, times) for run, result in ended))
         for run, result in ended:
             # A load should not be replayed for long: until a snapshot has passed it, its checkpoint's files are held.
             if isinstance(result, LoadOutput) or run.wants_snapshot(self._settings, time.monotonic()):
@@ -349,8 +352,8 @@ class Conductor:
             return failure
         return replace(failure, error=f"{failure.error}. {lacks.kind} {lacks.seq_id} was told: {cause.error}")
 
-    async def _end(self, run: TrainingRun, result: Result) -> None:
-        """Store what an operation gave, then let the next one and its client go on."""
+    async def _end(self, run: TrainingRun, result: Result, times: Times | None = None) -> None:
+        """Store what an operation gave and when it ran, if it did; then let the next one and its client go on."""
         turn, entry = run.turn, run.turn.entry
         outcome, records = conclude(entry, run.record, result)
         replaced = await self._replaced(records)
@@ -367,6 +370,7 @@ class Conductor:
             also=records,
             tokens=tokens_of(entry, result),
             of=run.record,
+            times=times,
         )
         run.ended(ended)
         self._deaths.pop(entry.request_id, None)

@@ -62,6 +62,8 @@ class EngineHandle:
         self.died = asyncio.Event()
         self.adapters: AdapterMemory | None = None
         """What its adapters took after its last cycle."""
+        self.steps: tuple[tuple[float, float], ...] = ()
+        """(start, end) of the steps of its last cycle, in seconds since the epoch."""
         self._reading: asyncio.Task[None] | None = None
 
     async def start(self) -> BaseModelInfo:
@@ -147,6 +149,7 @@ class EngineHandle:
                 self._ready.set_exception(EngineLoadError(message.error))
             case CycleDone():
                 self.adapters = message.adapters
+                self.steps = message.steps
                 self._resolve(message.cycle_id, message.results)
             case Answer():
                 self._resolve(message.ask_id, message.result)

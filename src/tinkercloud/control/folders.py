@@ -2,6 +2,7 @@
 
 checkpoints/<run>/weights/<name>/<seq_id>          named training checkpoints
 checkpoints/<run>/sampler_weights/<name>/<seq_id>  named sampler checkpoints
+checkpoints/<run>/external_weights/<name>/<seq_id> exports for other programs
 checkpoints/.<run>/weights/<name>/<seq_id>         an import that no engine has opened yet
 samplers/<sampler>                                 ephemeral samplers
 snapshots/<run>/<seq_id>                           whole states of training runs, for recovery
@@ -19,7 +20,7 @@ from urllib.parse import quote
 
 from tinkercloud.errors import InvalidRequest
 
-CheckpointKind = Literal["training", "sampler"]
+CheckpointKind = Literal["training", "sampler", "external"]
 
 SAMPLERS = "samplers"
 """The folder of the ephemeral samplers."""
@@ -27,12 +28,16 @@ SAMPLERS = "samplers"
 TREES = ("checkpoints/*/*/*/*", f"{SAMPLERS}/*", "snapshots/*/*", "pins/*/*")
 """Patterns of the folders that are each written by one operation, and go as a whole."""
 
-_SEGMENTS: dict[CheckpointKind, str] = {"training": "weights", "sampler": "sampler_weights"}
+_SEGMENTS: dict[CheckpointKind, str] = {
+    "training": "weights",
+    "sampler": "sampler_weights",
+    "external": "external_weights",
+}
 _KINDS: dict[str, CheckpointKind] = {segment: kind for kind, segment in _SEGMENTS.items()}
 
 
 def checkpoint_path(model_id: str, kind: CheckpointKind, name: str) -> str:
-    """tinker://<run>/<weights|sampler_weights>/<name>, the checkpoint's name on the wire."""
+    """tinker://<run>/<weights|sampler_weights|external_weights>/<name>, the checkpoint's name on the wire."""
     return f"tinker://{model_id}/{_SEGMENTS[kind]}/{name}"
 
 
@@ -96,7 +101,8 @@ def parse_checkpoint_path(path: str) -> tuple[str, CheckpointKind, str]:
     parts = rest.split("/")
     if scheme != "tinker" or len(parts) != 3 or not all(parts) or parts[1] not in _KINDS:
         raise InvalidRequest(
-            f"{path!r} is no checkpoint path; expected tinker://<run>/weights/<name> or tinker://<run>/sampler_weights/<name>"
+            f"{path!r:.300} is no checkpoint path; expected tinker://<run>/weights/<name>, "
+            "tinker://<run>/sampler_weights/<name> or tinker://<run>/external_weights/<name>"
         )
     return parts[0], _KINDS[parts[1]], parts[2]
 

@@ -13,6 +13,7 @@ from tinkercloud.engine.types import Failure, LoadOutput, Result, SaveOutput
 from tinkercloud.ledger.records import (
     CheckpointRecord,
     Entry,
+    ExternalSaved,
     ModelCreated,
     ModelRecord,
     ModelUnloaded,
@@ -25,7 +26,7 @@ from tinkercloud.ledger.records import (
 
 
 class SaveDetails(Struct, frozen=True, tag=True):
-    """What an entry of kind save_weights or save_weights_for_sampler remembers beside its payload."""
+    """What an entry that saves a named checkpoint remembers beside its payload."""
 
     name: str
     kind: CheckpointKind
@@ -69,7 +70,7 @@ def conclude(entry: Entry, model: ModelRecord, result: Result) -> tuple[Outcome,
             return result, []
         case "create_model", _, _:
             return ModelCreated(model.model_id), []
-        case (("save_weights" | "save_weights_for_sampler"), SaveOutput(), SaveDetails() as details):
+        case _, SaveOutput(), SaveDetails() as details:
             checkpoint = CheckpointRecord(
                 path=checkpoint_path(model.model_id, details.kind, details.name),
                 model_id=model.model_id,
@@ -85,8 +86,7 @@ def conclude(entry: Entry, model: ModelRecord, result: Result) -> tuple[Outcome,
                 user_metadata=details.user_metadata,
                 optimizer=model.optimizer,
             )
-            saved = WeightsSaved if details.kind == "training" else SamplerSaved
-            return saved(path=checkpoint.path), [checkpoint]
+            return _saved(checkpoint), [checkpoint]
         case "save_weights_for_sampler", SaveOutput(), SamplerDetails() as details:
             sampler = SamplerRecord(
                 sampler_id=details.sampler_id,
@@ -104,3 +104,13 @@ def conclude(entry: Entry, model: ModelRecord, result: Result) -> tuple[Outcome,
             return ModelUnloaded(model.model_id), []
         case _:
             return result, []
+
+
+def _saved(checkpoint: CheckpointRecord) -> Outcome:
+    match checkpoint.kind:
+        case "training":
+            return WeightsSaved(checkpoint.path)
+        case "sampler":
+            return SamplerSaved(checkpoint.path)
+        case _:
+            return ExternalSaved(checkpoint.path, checkpoint.size_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,7 +12,7 @@ from msgspec.structs import replace
 
 from tinkercloud.codec import encode
 from tinkercloud.control.base_models import BaseModels
-from tinkercloud.control.folders import checkpoint_folder, sampler_folder
+from tinkercloud.control.folders import CheckpointKind, checkpoint_folder, sampler_folder
 from tinkercloud.control.outcomes import LoadDetails, SamplerDetails, SaveDetails, details_of, remember
 from tinkercloud.control.sessions import Sessions
 from tinkercloud.control.storage import Storage
@@ -35,6 +36,13 @@ from tinkercloud.ledger.records import CheckpointRecord, Entry, ModelRecord, Ses
 MAX_AHEAD = 100_000
 """How many operations a client may send ahead. A seq_id beyond is a mistake that would cost the whole run: when its gap
 times out, the log would go on behind it, and every operation in between would come too late."""
+
+SAVES: dict[CheckpointKind, str] = {
+    "training": "save_weights",
+    "sampler": "save_weights_for_sampler",
+    "external": "save_weights_external",
+}
+"""The operation that makes each kind of checkpoint."""
 
 AHEAD = "ahead"
 """The detail of a refusal that came ahead of an operation before it."""
@@ -130,8 +138,12 @@ class TrainingRuns:
             raise NotFound(f"training run {model_id} was unloaded; create a new one from its last checkpoint")
         return model
 
-    async def list(self, owner: str, limit: int, offset: int) -> tuple[list[ModelRecord], int]:
-        """(a page of training runs, newest first; how many there are)."""
+    async def list(
+        self, owner: str, limit: int, offset: int, project_id: str | None = None
+    ) -> tuple[list[ModelRecord], int]:
+        """(a page of training runs, of one project or of all, newest first; how many there are)."""
+        if project_id is not None:
+            return await self._ledger.runs_of_project(owner, project_id, limit, offset)
         models = await self._ledger.find(ModelRecord, owner=owner, limit=limit, offset=offset)
         return models, await self._ledger.count(ModelRecord, owner=owner)
 
@@ -169,28 +181,34 @@ class TrainingRuns:
         seq_id: int | None,
         name: str | None,
         *,
-        for_sampler: bool,
+        kind: CheckpointKind,
         ttl_seconds: int | None,
-        overwrite: bool,
-        user_metadata: dict[str, str] | None,
+        overwrite: bool = False,
+        user_metadata: dict[str, str] | None = None,
+        recipients: Sequence[str] = (),
     ) -> Entry:
-        """Append the saving of a named checkpoint (weights/NAME, or sampler_weights/NAME); without a name, one is made
-        of the seq_id. A name that is taken fails the future (category user) unless `overwrite`."""
+        """Append the saving of a named checkpoint; without a name, one is made of the seq_id. A name that is taken
+        fails the future (category user) unless `overwrite`. External weights are encrypted to the `recipients`."""
 
         def draft(seq_id: int) -> tuple[bytes, dict[str, Any]]:
             details = SaveDetails(
                 name=name or f"{seq_id:06d}",
-                kind="sampler" if for_sampler else "training",
+                kind=kind,
                 overwrite=overwrite,
                 ttl_seconds=ttl_seconds,
                 user_metadata=user_metadata,
             )
-            folder = checkpoint_folder(model.model_id, details.kind, details.name, seq_id)
-            # A folder that is there already is what a crash left behind: this very operation was run and not recorded.
-            save = SaveWeights(model.model_id, folder, with_optimizer=not for_sampler, replace=True)
+            save = SaveWeights(
+                model.model_id,
+                checkpoint_folder(model.model_id, details.kind, details.name, seq_id),
+                with_optimizer=kind == "training",
+                replace=True,  # what is there already a crash left: this very operation was run and not recorded
+                external=kind == "external",
+                recipients=tuple(recipients),
+            )
             return encode(save), remember(details)
 
-        return await self._append(model, seq_id, "save_weights_for_sampler" if for_sampler else "save_weights", draft)
+        return await self._append(model, seq_id, SAVES[kind], draft)
 
     async def save_ephemeral_sampler(
         self, model: ModelRecord, seq_id: int | None, sampling_session_seq_id: int
@@ -261,6 +279,8 @@ class TrainingRuns:
         self._models.get(model.base_model)
         await self._sessions.touch(session)
         first = await self._ledger.insert(model)
+        if first.state == "unloaded" and await self.created(session, model.model_seq_id) is None:
+            raise InvalidRequest(f"training run {first.model_id} is a copy of weights; take another model_seq_id")
         for name, was, wanted in (
             ("base_model", first.base_model, model.base_model),
             ("lora_config", replace(first.lora, seed=0), replace(model.lora, seed=0)),  # it may have been drawn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter, OrderedDict
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,6 +21,7 @@ from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, OpenSa
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import Entry, SamplerRecord
+from tinkercloud.ledger.timeline import Times
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +119,9 @@ class SamplerDesk:
     async def _run_to_the_end(self, entry: Entry, sampler: SamplerRecord) -> None:
         while True:
             try:
-                result = await self._sample(entry.request_id, await self._ledger.payload(entry.request_id), sampler)
+                payload = await self._ledger.payload(entry.request_id)
+                began = time.time()
+                result = await self._sample(entry.request_id, payload, sampler)
                 await self._ledger.complete(
                     entry.request_id,
                     encode(result),
@@ -125,6 +129,7 @@ class SamplerDesk:
                     keep_seconds=self._record_seconds if is_recorded(result) else None,
                     tokens=tokens_of(entry, result),
                     of=sampler,
+                    times=Times(began, time.time()),
                 )
                 return self._arrivals.announce(entry.request_id, entry.stream)
             except (Unavailable, OSError, SQLAlchemyError):

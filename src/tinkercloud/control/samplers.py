@@ -52,6 +52,10 @@ class Samplers:
             checkpoint = await self._checkpoints.get(path, session.owner)
             if base_model is not None and base_model != checkpoint.base_model:
                 raise InvalidRequest(f"{path} was trained on {checkpoint.base_model}, not on {base_model}")
+            if checkpoint.kind == "external":
+                raise InvalidRequest(
+                    f"{path} was exported for other programs; sample from a /sampler_weights/ checkpoint"
+                )
             base_model = checkpoint.base_model
         if base_model is None:
             raise InvalidRequest("base_model or model_path is required: there is nothing to sample from")

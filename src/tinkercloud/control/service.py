@@ -14,7 +14,9 @@ from typing import Any
 from tinkercloud.config import Settings, is_loopback
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.base_models import BaseModels
+from tinkercloud.control.billing import Billing
 from tinkercloud.control.checkpoints import Checkpoints
+from tinkercloud.control.copies import Copies
 from tinkercloud.control.engines import OnProgress
 from tinkercloud.control.futures import Futures
 from tinkercloud.control.keys import Keys
@@ -50,6 +52,8 @@ class Service:
         self.sessions = Sessions(ledger, self.models, self._keeper, settings)
         self.runs = TrainingRuns(ledger, self.models, self.sessions, self.storage)
         self.checkpoints = Checkpoints(ledger, self.models, self.storage, settings.data_dir)
+        self.billing = Billing(ledger, self.models, settings)
+        self.copies = Copies(ledger, self.checkpoints)
         self.samplers = Samplers(
             ledger, self.models, self.sessions, self.checkpoints, self._keeper, settings.max_pending_samples
         )

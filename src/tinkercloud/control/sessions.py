@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
@@ -10,9 +11,11 @@ from typing import Any
 from tinkercloud.config import Settings
 from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.sampler_keeper import SamplerKeeper
+from tinkercloud.control.session_query import SessionQuery
 from tinkercloud.errors import Ended, NotFound
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import ModelRecord, SamplerRecord, SessionRecord
+from tinkercloud.ledger.search import Holdings
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +106,29 @@ class Sessions:
     async def list(self, owner: str, limit: int, offset: int) -> list[SessionRecord]:
         """A page of the owner's sessions, newest first."""
         return await self._ledger.find(SessionRecord, owner=owner, limit=limit, offset=offset)
+
+    async def assign(self, session_id: str, owner: str, project_id: str) -> None:
+        """Move a session, and with it its training runs and samplers, into a project. NotFound."""
+        await self.get(session_id, owner)
+        await self._ledger.change(SessionRecord, session_id, project_id=project_id)
+
+    async def search(self, owner: str, query: SessionQuery) -> list[tuple[SessionRecord, Holdings]]:
+        """A page of the owner's sessions that match, newest first, each with what is saved of it."""
+        behind = query.behind
+        last = behind and await self._ledger.get(SessionRecord, behind[1])
+        if last is not None and last.owner == owner:
+            behind = last.created_at, last.session_id  # the client's time has microseconds only
+        found = await self._ledger.find_sessions([owner], query.matches, query.limit, behind)
+        saved = await self._ledger.holdings([session.session_id for session in found])
+        return [(session, saved.get(session.session_id, Holdings(0, 0))) for session in found]
+
+    async def trace(self, session_id: str, owner: str) -> bytes:
+        """The session's timeline as the file of a Perfetto trace. NotFound."""
+        session = await self.get(session_id, owner)
+        moments = await self._ledger.timeline(session_id)
+        from tinkercloud.control.trace import perfetto_trace  # a third of a second, for whoever asks for one
+
+        return await asyncio.to_thread(perfetto_trace, session, moments, time.time())
 
     async def members(self, session_id: str) -> tuple[list[str], list[str]]:
         """(model ids, sampler ids) of a session."""

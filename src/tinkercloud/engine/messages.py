@@ -68,6 +68,8 @@ class CycleDone(Struct, frozen=True, tag="cycle_done"):
     results: tuple[Result, ...]
     adapters: AdapterMemory
     """What they take after it."""
+    steps: tuple[tuple[float, float], ...] = ()
+    """(start, end) of each of its micro-batches and of what came after them, in seconds since the epoch."""
 
 
 class Answer(Struct, frozen=True, tag="answer"):

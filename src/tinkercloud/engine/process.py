@@ -63,6 +63,7 @@ class Engine:
         self._asks: dict[str, int] = {}
         self._stopping = False
         self._turn_started = 0.0
+        self._steps: list[tuple[float, float]] = []
 
     def serve(self) -> None:
         """Run until told to stop."""
@@ -87,12 +88,19 @@ class Engine:
 
     def _run_cycle(self, cycle: RunCycle) -> None:
         operations = [decode(payload, TrainOperation) for payload in cycle.operations]
+        self._steps.clear()
         self._turn_started = time.monotonic()
         results = self._trainer.run(operations, between=self._sampling_turn)
-        self._send(CycleDone(cycle.cycle_id, tuple(results), self._trainer.adapter_memory))
+        self._note_step(time.monotonic())
+        self._send(CycleDone(cycle.cycle_id, tuple(results), self._trainer.adapter_memory, tuple(self._steps)))
+
+    def _note_step(self, ended: float) -> None:
+        epoch = time.time() - time.monotonic()
+        self._steps.append((epoch + self._turn_started, epoch + ended))
 
     def _sampling_turn(self) -> None:
         started = time.monotonic()
+        self._note_step(started)
         share = started - self._turn_started
         self._take_messages(wait=False)
         while self._sampler.busy:

@@ -178,6 +178,10 @@ class SaveWeights(Struct, frozen=True, tag="save_weights"):
     with_gradients: bool = False
     replace: bool = False
     """Replace a folder that is already there; else it is an error."""
+    external: bool = False
+    """Write the weights alone, as `engine/external_weights.py` has it: for other programs, not to be loaded here."""
+    recipients: tuple[str, ...] = ()
+    """The public keys that external weights are encrypted to; none leaves them plain."""
 
 
 class LoadWeights(Struct, frozen=True, tag="load_weights"):

@@ -5,13 +5,14 @@ The five kinds of record are stored alike, a column for each field, so one set o
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 from sqlalchemy import Column, ColumnElement, Connection, Table, and_, bindparam, delete, func, select, update
 from sqlalchemy import insert as insert_into
 
-from tinkercloud.ledger import schema
+from tinkercloud.ledger import schema, stored
 from tinkercloud.ledger.records import (
     CatalogRecord,
     CheckpointRecord,
@@ -87,7 +88,7 @@ def put(transaction: Transaction, record: R) -> R:
     """Store a record in place of one that has its key."""
     kind = _KINDS[type(record)]
     row = msgspec.to_builtins(record)
-    transaction.connection.execute(delete(kind.table).where(_where(kind.table, {name: row[name] for name in kind.key})))
+    _delete(transaction.connection, kind.table, _where(kind.table, {name: row[name] for name in kind.key}))
     transaction.connection.execute(insert_into(kind.table), row)
     return record
 
@@ -113,8 +114,14 @@ def remove(transaction: Transaction, keys: list[tuple[type, tuple[Any, ...]]]) -
         kind = _KINDS[record_type]
         results.append(get(transaction.connection, record_type, key))
         where = _where(kind.table, dict(zip(kind.key, key, strict=True)))
-        transaction.connection.execute(delete(kind.table).where(where))
+        _delete(transaction.connection, kind.table, where)
     return results
+
+
+def _delete(connection: Connection, table: Table, where: ColumnElement[bool]) -> None:
+    if table is schema.checkpoints:
+        stored.remember(connection, where, time.time())
+    connection.execute(delete(table).where(where))
 
 
 def join_sampler(transaction: Transaction, sampler_ids: list[str]) -> list[int | None]:
@@ -151,8 +158,9 @@ def remove_expired(transaction: Transaction, times: list[float]) -> list[list[Ch
         over = table.c.expires_at <= now
         rows = transaction.connection.execute(select(table).where(over)).all()
         if rows:
+            stored.remember(transaction.connection, over, now)
             transaction.connection.execute(delete(table).where(over))
-        results.append([_record(CheckpointRecord, row._mapping) for row in rows])
+        results.append([record_of(CheckpointRecord, row._mapping) for row in rows])
     return results
 
 
@@ -206,7 +214,7 @@ def find(
     keys = [kind.table.c[name].desc() for name in kind.key]
     query = select(kind.table).where(_where(kind.table, where)).order_by(kind.table.c[kind.newest].desc(), *keys)
     rows = connection.execute(query.limit(limit).offset(offset))
-    return [_record(record_type, row._mapping) for row in rows]
+    return [record_of(record_type, row._mapping) for row in rows]
 
 
 def count(connection: Connection, record_type: type, where: dict[str, Any]) -> int:
@@ -227,7 +235,7 @@ def _first(connection: Connection, record: R) -> R | None:
 def _one(connection: Connection, record_type: type[R], where: dict[str, Any]) -> R | None:
     table = _KINDS[record_type].table
     row = connection.execute(select(table).where(_where(table, where))).first()
-    return None if row is None else _record(record_type, row._mapping)
+    return None if row is None else record_of(record_type, row._mapping)
 
 
 def _where(table: Table, values: dict[str, Any]) -> ColumnElement[bool]:
@@ -239,5 +247,5 @@ def _equals(column: Column[Any], value: Any) -> ColumnElement[bool]:
     return column.is_(None) if value is None else column == value
 
 
-def _record(record_type: type[R], row: Any) -> R:
+def record_of(record_type: type[R], row: Any) -> R:
     return msgspec.convert({name: row[name] for name in record_type.__struct_fields__}, record_type)

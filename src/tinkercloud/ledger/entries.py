@@ -16,6 +16,7 @@ from tinkercloud.ledger.records import CatalogRecord, Entry, Usage
 from tinkercloud.ledger.retention import needed_for_replay
 from tinkercloud.ledger.schema import IS_ACCEPTED, entries, models, small_blobs
 from tinkercloud.ledger.segments import Blob
+from tinkercloud.ledger.timeline import Times
 from tinkercloud.ledger.writer import Transaction
 
 CLIENT_SEQ_IDS = 1_000_000_000
@@ -59,6 +60,7 @@ class Completion(Struct, frozen=True):
     build: str | None = None
     also: tuple[CatalogRecord, ...] = ()
     spent: tuple[Usage, ...] = ()
+    times: Times | None = None
 
 
 def request_id(stream: str, seq_id: int) -> str:
@@ -113,6 +115,9 @@ def _row(transaction: Transaction, new: NewEntry, key: str, seq_id: int) -> dict
         "cleared_gradients": False,
         "expired_at": None,
         "build": None,
+        "started_at": None,
+        "ended_at": None,
+        "steps": None,
         "details": new.details | details,
         **_place("payload", transaction.store(key, "payload", payload)),
         **_place("outcome", transaction.store(key, "outcome", new.refusal or b"")),
@@ -133,6 +138,9 @@ _COMPLETE = (
                 "result_bytes",
                 "cleared_gradients",
                 "build",
+                "started_at",
+                "ended_at",
+                "steps",
                 "outcome_segment",
                 "outcome_offset",
                 "outcome_length",
@@ -178,6 +186,9 @@ def complete(transaction: Transaction, completions: list[Completion]) -> list[En
             "result_bytes": completion.result_bytes,
             "cleared_gradients": completion.cleared_gradients,
             "build": completion.build,
+            "started_at": completion.times and completion.times.started,
+            "ended_at": completion.times and completion.times.ended,
+            "steps": completion.times and completion.times.steps,
             **_place("outcome", transaction.store(completion.request_id, "outcome", completion.outcome)),
         }
         rows.append(row)

@@ -16,7 +16,19 @@ from sqlalchemy import Connection, Engine
 
 from tinkercloud.codec import encode
 from tinkercloud.engine.types import Failure
-from tinkercloud.ledger import audit, catalog, database, entries, keys, retention, segments, usage
+from tinkercloud.ledger import (
+    audit,
+    catalog,
+    database,
+    entries,
+    keys,
+    retention,
+    search,
+    segments,
+    stored,
+    timeline,
+    usage,
+)
 from tinkercloud.ledger.lock import DataDirLock
 from tinkercloud.ledger.order import GAP_TIMEOUT, ModelLog
 from tinkercloud.ledger.recent import Recent
@@ -161,6 +173,7 @@ class Ledger:
         also: Sequence[CatalogRecord] = (),
         tokens: Mapping[UsageKind, int] | None = None,
         of: ModelRecord | SamplerRecord | None = None,
+        times: timeline.Times | None = None,
     ) -> Entry:
         """Record how an accepted operation ended; KeyError if there is none. The first outcome stays for ever.
 
@@ -182,6 +195,7 @@ class Ledger:
             build=build,
             also=tuple(also),
             spent=_spent(tokens, of, now),
+            times=times,
         )
 
         def then(entry: Entry) -> None:
@@ -322,11 +336,42 @@ class Ledger:
         """The audit log of [start, end), oldest first."""
         return await self._read(audit.find, start, end)
 
+    # ------------------------------------------------------------ searches
+
+    async def find_sessions(
+        self,
+        owners: Sequence[str],
+        wanted: Callable[[SessionRecord], bool],
+        limit: int,
+        behind: search.Place | None = None,
+    ) -> list[SessionRecord]:
+        """Up to `limit` sessions of these owners that are wanted, newest first, behind a place in that order."""
+        return await self._read(search.find_sessions, owners, wanted, limit, behind)
+
+    async def holdings(self, session_ids: Sequence[str]) -> dict[str, search.Holdings]:
+        """What is saved of each of these sessions; those without a checkpoint are left out."""
+        return await self._read(search.holdings, session_ids)
+
+    async def runs_of_project(
+        self, owner: str, project_id: str, limit: int, offset: int
+    ) -> tuple[list[ModelRecord], int]:
+        """(a page of the owner's training runs in a project, newest first; how many there are)."""
+        found, total = await self._read(search.runs_of_project, owner, project_id, limit, offset)
+        return [self._fresh(run) for run in found], total
+
+    async def timeline(self, session_id: str) -> list[timeline.Moment]:
+        """The operations of a session's training runs and samplers, in the order in which they came."""
+        return await self._read(timeline.timeline, session_id)
+
     # ------------------------------------------------------------ usage
 
     async def usage(self, start: float, end: float, owner: str | None = None) -> list[Usage]:
         """What was computed in the hours that begin in [start, end), for one owner or for all, oldest first."""
         return await self._read(usage.find, owner, start, end)
+
+    async def lives(self, owner: str, start: float, end: float) -> list[stored.Life]:
+        """The checkpoints of an owner that were stored at some time in [start, end)."""
+        return await self._read(stored.lives, owner, start, end)
 
     async def tokens_since(self, start: float, owner: str) -> int:
         """All tokens that were computed for an owner in the hours that begin at `start` or later."""

@@ -64,9 +64,9 @@ class SamplerRecord(Struct, frozen=True):
 
 class CheckpointRecord(Struct, frozen=True):
     path: str
-    """tinker://<model_id>/<weights|sampler_weights>/<name>"""
+    """tinker://<model_id>/<weights|sampler_weights|external_weights>/<name>"""
     model_id: str
-    kind: Literal["training", "sampler"]
+    kind: Literal["training", "sampler", "external"]
     name: str
     owner: str
     base_model: str
@@ -203,6 +203,11 @@ class SamplerSaved(Struct, frozen=True, tag="sampler_saved"):
     sampling_session_id: str | None = None
 
 
+class ExternalSaved(Struct, frozen=True, tag="external_saved"):
+    path: str
+    size_bytes: int
+
+
 class WeightsLoaded(Struct, frozen=True, tag="weights_loaded"):
     path: str
     model_id: str
@@ -219,6 +224,7 @@ Outcome = (
     | ModelCreated
     | WeightsSaved
     | SamplerSaved
+    | ExternalSaved
     | WeightsLoaded
     | ModelUnloaded
     | Failure

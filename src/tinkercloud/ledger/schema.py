@@ -105,6 +105,20 @@ checkpoints = Table(
     Index(None, "expires_at"),
 )
 
+past_checkpoints = Table(
+    "past_checkpoints",
+    metadata,
+    Column("path", String, nullable=False),
+    Column("model_id", String, nullable=False),
+    Column("owner", String, nullable=False),
+    Column("base_model", String, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("removed_at", Float, nullable=False),
+    Index(None, "owner", "removed_at"),
+)
+"""One row for each checkpoint that was removed or replaced: for how long it was stored."""
+
 snapshots = Table(
     "snapshots",
     metadata,
@@ -131,6 +145,9 @@ entries = Table(
     Column("cleared_gradients", Boolean, nullable=False),
     Column("expired_at", Float),
     Column("build", String),
+    Column("started_at", Float),
+    Column("ended_at", Float),
+    Column("steps", _JSON),
     Column("details", _JSON, nullable=False),
     Column("payload_segment", Integer),
     Column("payload_offset", BigInteger),

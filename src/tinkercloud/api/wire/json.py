@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,37 @@ class FinishReason(Wire):
 class FinishSession(Wire):
     reason: FinishReason
     detail: str | None = None
+
+
+class AssignProject(Wire):
+    project_id: str = Field(min_length=1)
+
+
+class SearchOwner(Wire):
+    type: Literal["own", "accessible", "user"] = "own"
+    owner_urns: list[str] | None = Field(default=None, max_length=10)
+    """Of type user."""
+
+
+class StatusQuery(Wire):
+    type: Literal["active", "cancelled", "failed", "client_finished"]
+    reasons: list[Literal["success", "errored", "interrupted"]] | None = None
+
+
+class SearchCursor(Wire):
+    last_created_at: AwareDatetime
+    last_session_id: str
+
+
+class SearchSessions(Wire):
+    session_id: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = {}
+    display_name: str | None = Field(default=None, min_length=1)
+    owner: SearchOwner = SearchOwner()
+    statuses: list[StatusQuery] | None = Field(default=None, min_length=1)
+    limit: int = Field(default=50, ge=1, le=200)
+    cursor: SearchCursor | None = None
 
 
 # ---------------------------------------------------------------- training
@@ -257,6 +288,14 @@ class SaveWeightsForSampler(Wire):
     user_metadata: dict[str, str] | None = None
 
 
+class SaveWeightsExternal(Wire):
+    model_id: str
+    path: str
+    seq_id: Seq | None = None
+    ttl_seconds: int | None = None
+    age_encryption_recipients: list[str] | None = None
+
+
 class LoadWeights(Wire):
     model_id: str | None = None
     seq_id: Seq | None = None
@@ -272,6 +311,19 @@ class LoadWeights(Wire):
 
 class WeightsInfo(Wire):
     tinker_path: str
+
+
+class CopyWeights(Wire):
+    source_path: str
+    ttl_seconds: int | None = None
+    destination_project_id: str | None = Field(default=None, min_length=1)
+    session_id: str | None = None
+    model_seq_id: Seq | None = None
+    weights_access_token: str | None = None
+
+
+class SetTtl(Wire):
+    ttl_seconds: int | None
 
 
 # ---------------------------------------------------------------- sampling

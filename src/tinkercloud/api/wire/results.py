@@ -12,6 +12,7 @@ from tinkercloud.api.wire.body import PROTOBUF
 from tinkercloud.api.wire.protobuf import encode_loss, encode_sample
 from tinkercloud.engine.types import Failure, LossOutput, Matrix, SampleOutput, StepOutput, TopLogprobs
 from tinkercloud.ledger.records import (
+    ExternalSaved,
     ModelCreated,
     ModelUnloaded,
     Outcome,
@@ -50,6 +51,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
             return {"type": "unload_model", "model_id": model_id}
         case WeightsSaved(path=path):
             return {"type": "save_weights", "path": path}
+        case ExternalSaved(path=path, size_bytes=size):
+            return {"type": "save_weights_external", "path": path, "size_bytes": size}
         case WeightsLoaded(path=path, model_id=model_id):
             return {"type": "load_weights", "path": path, "model_id": model_id}
         case SamplerSaved(path=path, sampling_session_id=sampler_id):

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tinkercloud.engine.checksums import write_checksums
+from tinkercloud.engine.external_weights import write_external
 from tinkercloud.engine.peft_layout import (
     CONFIG_FILE,
     GRADIENTS_FILE,
@@ -48,9 +51,17 @@ class SavedAdapter(NamedTuple):
 
 
 def save_adapter(
-    adapter: Adapter, model: BaseModel, folder: Path, *, with_optimizer: bool, with_gradients: bool, replace: bool
+    adapter: Adapter,
+    model: BaseModel,
+    folder: Path,
+    *,
+    with_optimizer: bool,
+    with_gradients: bool,
+    replace: bool,
+    external_to: Sequence[str] | None = None,
 ) -> int:
     """Write an adapter to `folder`; its size in bytes. OperationError if it is there and `replace` is not set.
+    `external_to`: as external weights, encrypted to these keys.
 
     Everything is written and synced beside it first and renamed then, so a crash leaves the old folder or the new one.
     """
@@ -61,7 +72,12 @@ def save_adapter(
     draft = folder.with_name(f".{folder.name}.{unique}.draft")
     draft.mkdir()
     try:
-        _write_files(adapter, model, draft, with_optimizer, with_gradients)
+        if external_to is None:
+            _write_files(adapter, model, draft, with_optimizer, with_gradients)
+        else:
+            with TemporaryDirectory(dir=folder.parent, prefix=f".{draft.name}.") as plain:
+                _write_files(adapter, model, Path(plain), with_optimizer=False, with_gradients=False)
+                write_external(Path(plain), draft, external_to)
         write_checksums(draft)
         size = _sync(draft)
         if folder.exists():

@@ -192,6 +192,7 @@ class TorchTrainer:
             with_optimizer=operation.with_optimizer,
             with_gradients=operation.with_gradients,
             replace=operation.replace,
+            external_to=operation.recipients if operation.external else None,
         )
         return SaveOutput(operation.folder, size)
 

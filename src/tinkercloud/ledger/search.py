@@ -1,0 +1,74 @@
+"""Searches over sessions and what is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from sqlalchemy import Connection, and_, func, or_, select
+
+from tinkercloud.ledger.catalog import record_of
+from tinkercloud.ledger.records import ModelRecord, SessionRecord
+from tinkercloud.ledger.schema import checkpoints, models, sessions
+
+BATCH = 500
+"""Rows that are looked at together."""
+
+Place = tuple[float, str]
+"""(created_at, session_id): where a page ends."""
+
+
+class Holdings(NamedTuple):
+    """What is saved of a session."""
+
+    checkpoints: int
+    bytes: int
+
+
+def find_sessions(
+    connection: Connection,
+    owners: Sequence[str],
+    wanted: Callable[[SessionRecord], bool],
+    limit: int,
+    behind: Place | None,
+) -> list[SessionRecord]:
+    """Up to `limit` sessions of these owners that are wanted, newest first, from the place behind `behind` on."""
+    found: list[SessionRecord] = []
+    while True:
+        where = sessions.c.owner.in_(owners)
+        if behind is not None:
+            time, session_id = behind
+            same = and_(sessions.c.created_at == time, sessions.c.session_id < session_id)
+            where = and_(where, or_(sessions.c.created_at < time, same))
+        query = select(sessions).where(where).order_by(sessions.c.created_at.desc(), sessions.c.session_id.desc())
+        batch = [record_of(SessionRecord, row._mapping) for row in connection.execute(query.limit(BATCH))]
+        found += [session for session in batch if wanted(session)]
+        if len(found) >= limit or len(batch) < BATCH:
+            return found[:limit]
+        behind = batch[-1].created_at, batch[-1].session_id
+
+
+def holdings(connection: Connection, session_ids: Sequence[str]) -> dict[str, Holdings]:
+    """What is saved of each of these sessions; those without a checkpoint are left out."""
+    query = (
+        select(models.c.session_id, func.count(), func.sum(checkpoints.c.size_bytes))
+        .join_from(checkpoints, models, checkpoints.c.model_id == models.c.model_id)
+        .where(models.c.session_id.in_(session_ids))
+        .group_by(models.c.session_id)
+    )
+    return {session_id: Holdings(count, int(size)) for session_id, count, size in connection.execute(query)}
+
+
+def runs_of_project(
+    connection: Connection, owner: str, project_id: str, limit: int, offset: int
+) -> tuple[list[ModelRecord], int]:
+    """(a page of the owner's training runs in a project, newest first; how many there are)."""
+    joined = models.join(sessions, models.c.session_id == sessions.c.session_id)
+    where = and_(models.c.owner == owner, sessions.c.project_id == project_id)
+    query = select(models).select_from(joined).where(where)
+    rows = connection.execute(
+        query.order_by(models.c.created_at.desc(), models.c.model_id.desc()).limit(limit).offset(offset)
+    )
+    found = [record_of(ModelRecord, row._mapping) for row in rows]
+    total = connection.scalar(select(func.count()).select_from(joined).where(where)) or 0
+    return found, total
