@@ -62,35 +62,43 @@ def test_a_page_is_free_only_when_its_last_owner_releases_it():
     assert cache.used == 0
 
 
-def test_a_fork_shares_full_pages_and_copies_the_partial_one():
+def test_a_copy_has_the_first_tokens_and_no_others():
     cache = make_cache()
-    pages = cache.allocate(3)
-    written = write(cache, pages, 0, 37)
-    forked = cache.fork(pages, 37)
-    assert forked[:2] == pages[:2] and forked[2] != pages[2]
-    assert cache.used == 4
-    write(cache, forked, 37, 3)
-    for layer, (key, _) in written.items():
-        keys, _ = cache.read(layer, torch.tensor([pages, forked]))
-        assert torch.equal(keys[0, :, :37], keys[1, :, :37])
-        assert torch.equal(keys[1, :, :37], key.transpose(0, 1))
-        assert not keys[0, :, 37:].any() and keys[1, :, 37:40].all()
+    pages = cache.allocate(1)
+    written = write(cache, pages, 0, 16)
+    (copy,) = cache.allocate(1)
+    cache.copy(pages[0], copy, 5)
+    for layer, (key, value) in written.items():
+        keys, values = cache.read(layer, torch.tensor([[copy]]))
+        assert torch.equal(keys[0, :, :5], key.transpose(0, 1)[:, :5]) and not keys[0, :, 5:].any()
+        assert torch.equal(values[0, :, :5], value.transpose(0, 1)[:, :5]) and not values[0, :, 5:].any()
 
 
-def test_a_fork_at_a_page_border_copies_nothing():
-    cache = make_cache(2)
-    pages = cache.allocate(2)
-    assert cache.fork(pages, 32) == pages
-    assert cache.used == 2
-
-
-def test_a_fork_without_a_page_for_the_copy_takes_nothing():
-    cache = make_cache(2)
-    pages = cache.allocate(2)
-    with pytest.raises(OutOfPages):
-        cache.fork(pages, 20)
+def test_kept_pages_hold_their_numbers_until_others_run_out_and_the_oldest_go_first():
+    cache = make_cache(6)
+    taken = []
+    cache.on_reclaim = taken.append
+    pages = cache.allocate(4)
+    written = write(cache, pages, 0, 64)
+    for page in pages[:3]:
+        cache.keep(page)
     cache.release(pages)
-    assert cache.used == 0
+    assert (cache.used, cache.free, cache.idle) == (0, 6, 3)
+    others = cache.allocate(3)
+    assert set(others).isdisjoint(pages[:3]) and taken == []
+    cache.share(pages[1:2])
+    assert (cache.used, cache.idle) == (4, 2)
+    assert cache.idle_among(pages) == 2
+    others += cache.allocate(1)
+    assert taken == [pages[2]] and others[-1] == pages[2], "the last page was given back first"
+    cache.release(pages[1:2])
+    others += cache.allocate(1)
+    assert taken == [pages[2], pages[0]], "page 1 was used after page 0"
+    keys, _ = cache.read(0, torch.tensor([[pages[1]]]))
+    assert torch.equal(keys[0], written[0][0].transpose(0, 1)[:, 16:32])
+    cache.forget(pages[1])
+    assert (cache.used, cache.free, cache.idle) == (5, 1, 0)
+    assert not cache.read(0, torch.tensor([others[3:]]))[0].any()
 
 
 def test_pages_are_handed_out_clean():
@@ -105,24 +113,33 @@ def test_pages_are_handed_out_clean():
     assert not keys.any() and not values.any()
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5)), max_size=60))
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=60))
 def test_accounting_is_exact(actions):
-    """After any mix of allocating, forking and releasing: used = distinct pages owned, and all come back."""
+    """After any mix of these: used = distinct pages owned, and all come back."""
     cache = make_cache(12)
     owned: list[list[int]] = []
+    kept: set[int] = set()
+    cache.on_reclaim = kept.remove
     for action, number in actions:
+        own = owned[number % len(owned)] if owned else []
         try:
             if action == 0:
                 owned.append(cache.allocate(number))
-            elif action == 1 and owned:
-                source = owned[number % len(owned)]
-                owned.append(cache.fork(source, max(0, len(source) * PAGE_TOKENS - number)))
-            elif owned:
+            elif action == 1 and own:
+                owned.append(cache.share(own[: max(0, len(own) - number)]))
+            elif action == 2 and own and own[0] not in kept:
+                cache.keep(own[0])
+                kept.add(own[0])
+            elif action == 3 and kept:
+                cache.forget(kept.pop())
+            elif action == 4 and owned:
                 cache.release(owned.pop(number % len(owned)))
         except OutOfPages:
             pass
         assert cache.used == len({page for pages in owned for page in pages})
         assert cache.free + cache.used == 12
+        assert cache.idle == len(kept - {page for pages in owned for page in pages})
     for pages in owned:
         cache.release(pages)
     assert cache.used == 0
+    assert len(cache.allocate(12)) == 12 and not kept

@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 from tests.engine import reference
 from tests.engine.examples import VOCAB, forward_backward, run, shaken
@@ -122,13 +123,24 @@ def test_what_a_sample_says_is_what_training_computes(family, adapters, sampler_
         np.testing.assert_allclose(said, output.outputs[0]["logprobs"], atol=1e-5, rtol=0)
 
 
-def test_a_sample_alone_has_the_bits_of_one_in_a_crowd(sampler_of):
-    requests = _requests(1.0, 6, prompt_logprobs=True)
-    crowded = _run(sampler_of(), requests)
-    for request in requests:
+def _assert_same_bits(result: SampleOutput, other: SampleOutput) -> None:
+    for one, two in zip(result.sequences, other.sequences, strict=True):
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+        np.testing.assert_array_equal(one.logprobs, two.logprobs)
+
+
+def test_a_sample_has_the_same_bits_whatever_else_there_is(sampler_of):
+    """Alone, in a crowd, interrupted, with its prompt kept from before, and with its prompt scored."""
+    requests = _requests(1.0, 30, num_samples=2)
+    scored = [structs.replace(request, prompt_logprobs=True) for request in requests]
+    tight, roomy = sampler_of(kv_cache_bytes=1 << 17, max_decode_batch=12), sampler_of()
+    expected = _run(roomy, scored)
+    for sampler, asked in ((roomy, requests), (tight, scored)):
+        for name, result in _run(sampler, asked).items():
+            _assert_same_bits(result, expected[name])
+            if asked is scored:
+                np.testing.assert_array_equal(result.prompt_logprobs, expected[name].prompt_logprobs)
+    assert tight.preemptions > 0
+    for request in requests[2::5]:
         (alone,) = _run(sampler_of(), [request]).values()
-        other = crowded[request.request_id]
-        np.testing.assert_array_equal(alone.prompt_logprobs, other.prompt_logprobs)
-        for one, two in zip(alone.sequences, other.sequences, strict=True):
-            np.testing.assert_array_equal(one.tokens, two.tokens)
-            np.testing.assert_array_equal(one.logprobs, two.logprobs)
+        _assert_same_bits(alone, expected[request.request_id])

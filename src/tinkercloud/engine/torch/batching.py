@@ -3,6 +3,15 @@
 Requests wait in the order of their arrival and run in the order of their admission. When pages run out, the newest
 running sequence gives its pages back and waits at the front; it later computes them again. The oldest can always go on,
 because the cache holds at least one sequence of the greatest length.
+
+A step has one token of each sequence that decodes, and PREFILL_BUDGET tokens of prompts at most, so that the time
+between two tokens is bounded however many prompts wait. The prompt that was admitted first has its chunk in every step,
+so that it is done after a known number of them; what it leaves of the budget goes to those with the least left to do,
+so that a short prompt does not wait for long ones.
+
+A prompt's pages are kept for others that begin alike (`prefix_cache`). A sequence that would find much of its prompt in
+the cache if it waited for one that is running lets others pass meanwhile: samples of one prompt, whether of one request
+or of several, compute it once.
 """
 
 from __future__ import annotations
@@ -11,15 +20,19 @@ from collections import deque
 from collections.abc import Collection
 
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, pages_for
+from tinkercloud.engine.torch.prefix_cache import Namespace, Prefix, PrefixCache
 from tinkercloud.engine.torch.sequences import Request, Sequence
 from tinkercloud.engine.torch.state_cache import StateCache
 
 PREFILL_CHUNK = 256
-"""Tokens of one sequence that are prefilled in one step. Where a prompt is cut depends on nothing else, so that its
-numbers do not depend on who else is running."""
+"""Tokens of one sequence that are prefilled in one step, up to the next multiple of it."""
 
 PREFILL_BUDGET = 1024
 """Tokens prefilled in one step, all sequences together: bounds how long a new prompt delays running sequences."""
+
+WORTH_WAITING = 64
+"""Tokens that a sequence need not compute if it waits for another one: from so many on it waits, and from half of what
+it would compute otherwise."""
 
 Turn = tuple[Sequence, int]
 """A sequence, and how many of its tokens run in this step."""
@@ -31,6 +44,7 @@ class ContinuousBatch:
     def __init__(self, cache: KVCache, max_sequences: int, states: StateCache | None = None) -> None:
         """`states`: of models with linear attention, a slot for each sequence that may run."""
         self._cache, self._states = cache, states
+        self._prefixes = PrefixCache(cache)
         self.max_sequences = max_sequences
         self.only: Collection[Request] | None = None
         """The requests whose sequences may start; None is all."""
@@ -59,34 +73,49 @@ class ContinuousBatch:
 
     def finish(self, sequence: Sequence) -> None:
         """Take a running sequence out and free its pages."""
+        self._keep(sequence)
         self._running.remove(sequence)
         self._release(sequence)
 
     def interrupt_all(self) -> None:
-        """Let every running sequence wait, in order, and be computed again: its pages are not to be trusted."""
-        for sequence in reversed(list(self._running)):
-            self.finish(sequence)
+        """Let every running sequence wait, in order, and be computed again: what the last step wrote to pages is not
+        to be trusted."""
+        running, self._running = self._running, []
+        for sequence in reversed(running):
+            self._release(sequence)
             if sequence.stop_reason is None:
                 sequence.rewind()
                 self._waiting.appendleft(sequence)
 
+    def forget(self, namespace: Namespace) -> None:
+        """Keep no prompts of these weights any more; nobody new will sample from them."""
+        self._prefixes.drop(namespace)
+
     def schedule(self) -> list[Turn]:
         """Who runs next, with pages for the tokens: each sequence that decodes, and prefill up to the budget; sorted by
         sampler."""
+        for sequence in self._running:
+            self._keep(sequence)
         self._grow()
         self._admit()
-        turns: list[Turn] = []
+        turns = [(sequence, 1) for sequence in self._running if sequence.num_tokens - sequence.cached == 1]
+        behind = [sequence for sequence in self._running if sequence.num_tokens - sequence.cached > 1]
         budget = PREFILL_BUDGET
-        for sequence in self._running:
-            missing = sequence.num_tokens - sequence.cached
-            count = min(missing, PREFILL_CHUNK)
-            if missing > 1:
-                if count > budget:
-                    continue
+        for sequence in behind[:1] + sorted(behind[1:], key=lambda one: one.num_tokens - one.cached):
+            count = self._next_cut(sequence) - sequence.cached
+            if count <= budget:
                 budget -= count
-            turns.append((sequence, count))
+                turns.append((sequence, count))
         turns.sort(key=lambda turn: turn[0].request.sampler.order)
         return turns
+
+    def _next_cut(self, sequence: Sequence) -> int:
+        """Where a sequence's next turn ends: at a multiple of PREFILL_CHUNK or where its prompt ends; among its drawn
+        tokens anywhere, or, with linear attention, after one, as when they were drawn."""
+        chunk = (sequence.cached // PREFILL_CHUNK + 1) * PREFILL_CHUNK
+        if not sequence.holds_prompt:
+            return min(chunk, len(sequence.request.prompt))
+        return sequence.cached + 1 if self._states else min(chunk, sequence.num_tokens)
 
     def _grow(self) -> None:
         """A page for each running sequence whose next token needs one, taken from the newest if none is free."""
@@ -103,51 +132,99 @@ class ContinuousBatch:
         self._waiting.appendleft(sequence)
 
     def _admit(self) -> None:
-        """Start waiting sequences, in order, while there are places and pages.
-
-        One whose sibling is prefilling their prompt waits for it and lets others pass; nothing passes one for which
-        there are too few pages. With linear attention each sequence prefills for itself: a state is not shared.
-        """
-        siblings: dict[Request, Sequence] = {}
-        for sequence in self._running:
-            if sequence.request not in siblings or sequence.holds_prompt:
-                siblings[sequence.request] = sequence
+        """Start waiting sequences, in order, while there are places and pages. Nothing passes one for which there are
+        too few pages."""
+        prefilling = [sequence for sequence in self._running if not sequence.holds_prompt]
         passed: list[Sequence] = []
         while self._waiting and len(self._running) < self.max_sequences:
             sequence = self._waiting[0]
-            if self.only is not None and sequence.request not in self.only:
+            if (self.only is not None and sequence.request not in self.only) or self._follows(sequence, prefilling):
                 passed.append(self._waiting.popleft())
                 continue
-            sibling = None if self._states else siblings.get(sequence.request)
-            if sibling is not None and not sibling.holds_prompt:
-                passed.append(self._waiting.popleft())
-                continue
-            if not self._start(sequence, sibling):
+            if not self._start(sequence):
                 break
-            siblings.setdefault(sequence.request, sequence)
             self._running.append(self._waiting.popleft())
+            if not sequence.holds_prompt:
+                prefilling.append(sequence)
         self._waiting.extendleft(reversed(passed))
 
-    def _start(self, sequence: Sequence, sibling: Sequence | None) -> bool:
-        """Give a sequence pages for all its tokens, the prompt's from a sibling that has them; False if too few are
-        free. One more page for each running sequence stays free, so that what starts is not soon preempted again."""
-        prompt = len(sequence.request.prompt)
-        # A fresh sequence computes the last token of a shared prompt again, for the distribution of its first token.
-        shared = 0 if sibling is None else min(prompt, sequence.num_tokens - 1)
-        whole = pages_for(sequence.num_tokens)
-        if whole - shared // PAGE_TOKENS + len(self._running) > self._cache.free:
-            return False
-        if sibling is not None:
-            sequence.pages = self._cache.fork(sibling.pages, shared)
-            sequence.cached = shared
-        sequence.pages += self._cache.allocate(whole - len(sequence.pages))
+    def _follows(self, sequence: Sequence, prefilling: list[Sequence]) -> bool:
+        """Whether it is better for a sequence to wait until one of those that prefill has come further."""
         if self._states:
-            sequence.slot = self._states.allocate()
+            return False  # a state is not shared
+        request = sequence.request
+        leader = sequence.leader
+        if leader and leader.namespace is request.sampler.prefixes and leader.cached < sequence.awaited:
+            return True
+        sequence.leader = None
+        found: int | None = None
+        for other in prefilling:
+            if other.namespace is not request.sampler.prefixes:
+                continue
+            # Log-probabilities that keep a sequence from reusing its prompt will be there when its sibling has done it.
+            most = sequence.shareable if other.request is request else sequence.reusable
+            common = min(most, request.common_tokens(other.request))
+            if common <= other.cached:
+                continue
+            if found is None:
+                found = self._kept_of(sequence).tokens
+            saved, missing = common - found, sequence.num_tokens - found
+            if saved >= min(WORTH_WAITING, missing / 2):
+                sequence.leader, sequence.awaited = other, common
+                return True
+        return False
+
+    def _kept_of(self, sequence: Sequence) -> Prefix:
+        """What is kept of a sequence's prompt, and need not be computed again."""
+        return self._prefixes.find(sequence.request.sampler.prefixes, sequence.request.page_keys, sequence.reusable)
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Give a sequence pages for all its tokens, those that are kept and new ones; False if too few are free. One
+        more page for each running sequence stays free, so that what starts is not soon preempted again."""
+        request, whole = sequence.request, pages_for(sequence.num_tokens)
+        if self._states:
+            if whole + len(self._running) > self._cache.free:
+                return False
+            sequence.pages, sequence.slot = self._cache.allocate(whole), self._states.allocate()
+            return True
+        prefix = self._kept_of(sequence)
+        missing = whole - len(prefix.pages)
+        free = self._cache.free - self._cache.idle_among(prefix.pages)
+        if missing + len(self._running) > free:
+            return False
+        sequence.pages = self._cache.share(prefix.pages)
+        sequence.cached = len(prefix.pages) * PAGE_TOKENS
+        if prefix.partial is not None and missing < free:
+            (source,) = self._cache.share([prefix.partial])  # so that it is not what is taken for the new pages
+            sequence.pages += self._cache.allocate(missing)
+            self._cache.copy(source, sequence.pages[len(prefix.pages)], prefix.tokens - sequence.cached)
+            self._cache.release([source])
+            sequence.cached = prefix.tokens
+        else:
+            sequence.pages += self._cache.allocate(missing)
+        sequence.namespace = request.sampler.prefixes
+        sequence.node, sequence.kept = prefix.node, len(prefix.pages)
+        if request.cache_hit_tokens is None:
+            request.cache_hit_tokens = sequence.cached
         return True
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Keep the pages of the prompt that are complete, for others that begin alike."""
+        if sequence.namespace is None or not sequence.namespace.open:
+            return
+        keys = sequence.request.page_keys
+        first, complete = sequence.kept, len(keys) if sequence.holds_prompt else sequence.cached // PAGE_TOKENS
+        if first < complete:
+            own = sequence.pages[first:complete]
+            sequence.node = self._prefixes.keep(sequence.node, keys[first:complete], own)
+            sequence.pages[first:complete] = own
+            sequence.kept = complete
 
     def _release(self, sequence: Sequence) -> None:
         self._cache.release(sequence.pages)
         sequence.pages = []
         sequence.cached = 0
+        sequence.namespace = sequence.node = None
+        sequence.kept = 0
         if self._states:
             self._states.release(sequence.slot)

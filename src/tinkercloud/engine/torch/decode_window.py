@@ -32,6 +32,8 @@ class CacheRows(NamedTuple):
     """Tokens that this step adds, >= 1."""
     slot: int = 0
     """Of the state cache, for models that have one."""
+    prefill: bool = False
+    """Whether they are tokens of the prompt, which attend in tiles; drawn ones attend alone."""
 
 
 class DecodeWindow:

@@ -2,12 +2,14 @@
 
 Pages as in PagedAttention (Kwon et al., 2023, https://arxiv.org/abs/2309.06180): a sequence owns a list of pages, page
 i holds its tokens [16 i, 16 i + 16), and no sequence ever needs contiguous memory. Full pages of a common prompt belong
-to all the sequences that continue it.
+to all the sequences that continue it. A page that is kept (`prefix_cache`) holds its numbers when its last sequence has
+given it back, until it is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,7 +50,7 @@ class KVCache:
     """A pool of `num_pages` pages, each of which spans all layers.
 
     Memory is not touched before a page is first used, and the lowest free page is reused first, so on a CPU the process
-    grows with what runs, not with what is allowed.
+    grows with what runs and what is kept, not with what is allowed.
     """
 
     def __init__(
@@ -69,7 +71,12 @@ class KVCache:
         self.has_kernels = kernels_for(dtype, device)
         """Whether it can `attend`."""
         self._references = [0] * (num_pages + 1)
-        self._free = list(range(num_pages, 0, -1))
+        self._empty = list(range(num_pages, 0, -1))
+        self._kept: set[int] = set()
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        """Kept pages that nothing owns, in the order in which they were given back."""
+        self.on_reclaim: Callable[[int], None] = lambda page: None
+        """Told of each kept page that is taken for something else."""
 
     @property
     def token_bytes(self) -> int:
@@ -78,23 +85,35 @@ class KVCache:
 
     @property
     def free(self) -> int:
-        """Pages that nothing owns."""
-        return len(self._free)
+        """Pages that nothing owns, kept ones among them."""
+        return len(self._empty) + len(self._idle)
 
     @property
     def used(self) -> int:
         """Pages that at least one sequence owns; 0 when the sampler is idle."""
-        return self.num_pages - len(self._free)
+        return self.num_pages - self.free
+
+    @property
+    def idle(self) -> int:
+        """Kept pages that nothing owns."""
+        return len(self._idle)
+
+    def idle_among(self, pages: Sequence[int]) -> int:
+        """How many of these pages nothing owns, so that sharing them leaves so many fewer free."""
+        return sum(page in self._idle for page in pages)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages of zeros. Raises `OutOfPages` and takes none if fewer are free.
+        """Take `count` pages of zeros, kept ones when there are no others, those first that were given back first.
+        Raises `OutOfPages` and takes none if fewer are free.
 
         Zeros, because attention reads whole pages and masks what lies past the sequence's end: masking does not remove
         a NaN that a diverged adapter left there.
         """
-        if count > len(self._free):
-            raise OutOfPages(f"{count} pages were asked for and {len(self._free)} of {self.num_pages} are free")
-        pages = [self._free.pop() for _ in range(count)]
+        if count > self.free:
+            raise OutOfPages(f"{count} pages were asked for and {self.free} of {self.num_pages} are free")
+        while len(self._empty) < count:
+            self._reclaim()
+        pages = [self._empty.pop() for _ in range(count)]
         if pages:
             index = torch.tensor(pages, device=self._device)
             for memory in self._memory.values():
@@ -107,6 +126,7 @@ class KVCache:
         """One more owner for each of these pages."""
         for page in pages:
             self._references[page] += 1
+            self._idle.pop(page, None)
         return list(pages)
 
     def release(self, pages: Sequence[int]) -> None:
@@ -114,17 +134,32 @@ class KVCache:
         for page in reversed(pages):
             self._references[page] -= 1
             if self._references[page] == 0:
-                self._free.append(page)
+                if page in self._kept:
+                    self._idle[page] = None
+                else:
+                    self._empty.append(page)
 
-    def fork(self, pages: Sequence[int], tokens: int) -> list[int]:
-        """Pages for a sequence that goes on from the first `tokens` tokens of another: its full pages shared, the
-        partial last one copied. Raises `OutOfPages` and takes none if there is no page for the copy."""
-        full, rest = divmod(tokens, PAGE_TOKENS)
-        copied = self.allocate(1 if rest else 0)
-        for page in copied:
-            for memory in self._memory.values():
-                memory[page, :rest] = memory[pages[full], :rest]
-        return self.share(pages[:full]) + copied
+    def keep(self, page: int) -> None:
+        """Let an owned page hold its numbers when it has no owner any more."""
+        self._kept.add(page)
+
+    def forget(self, page: int) -> None:
+        """The numbers of a kept page are of no use to anybody but its owners."""
+        self._kept.remove(page)
+        if page in self._idle:
+            del self._idle[page]
+            self._empty.append(page)
+
+    def _reclaim(self) -> None:
+        page, _ = self._idle.popitem(last=False)
+        self._kept.remove(page)
+        self._empty.append(page)
+        self.on_reclaim(page)
+
+    def copy(self, source: int, page: int, tokens: int) -> None:
+        """Copy the first `tokens` tokens of a page to another one."""
+        for memory in self._memory.values():
+            memory[page, :tokens] = memory[source, :tokens]
 
     def write(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> None:
         """Store keys and values [T, heads, dim] of T tokens; slot = page * PAGE_TOKENS + offset, int64 [T]."""

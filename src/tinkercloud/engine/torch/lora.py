@@ -67,6 +67,15 @@ class AdapterWeights(NamedTuple):
     scale: float
     """alpha / r"""
 
+    def equal(self, other: AdapterWeights) -> bool:
+        """Whether another adapter has the same numbers for the same layers."""
+        if self.scale != other.scale:
+            return False
+        return all(
+            mine is theirs if mine is None or theirs is None else all(map(torch.equal, mine, theirs))
+            for mine, theirs in zip(self.pairs, other.pairs, strict=True)
+        )
+
 
 class DatumRun(NamedTuple):
     """Neighbouring datums of one length."""

@@ -1,10 +1,16 @@
 """Attention of one sampling step: every sequence's new tokens over all its tokens, through the paged cache.
 
-Sequences that add one token (decoding) are attended where their pages are (`kernels.paged`) or, where there are no
-kernels, in a few batches of similar length, so that a short one does not pay for a long one; sequences that add more
-(prefill) one by one. Each row's numbers depend on its own sequence alone:
-`scaled_dot_product_attention` gives the same bits for any batch and any masked padding. Rows behind the sequences' only
-fill the step (`BaseModel.filling`): they attend to nothing and are not remembered.
+What a row's numbers are depends on its own sequence and its place there alone, to the bit, so that nothing shows in
+them of what was cached before, where a prompt was cut, who shares the step, or whether the sequence was interrupted:
+
+- Rows of a prompt attend in tiles, [0, TILE), [TILE, 2 TILE), ... of their sequence, each over the keys up to its end.
+  A tile has the same shape whichever of its rows a step has; in place of the others there are zeros.
+- Rows of drawn tokens attend alone: one of each of several sequences, or, when a sequence was interrupted, many of
+  its tokens, as if one by one. Where their pages are (`kernels.paged`) or, where there are no kernels, in a few batches
+  of similar length, so that a short one does not pay for a long one: `scaled_dot_product_attention` gives one query
+  the same bits in any batch, with any masked padding of the keys.
+
+Rows behind the sequences' only fill the step (`BaseModel.filling`): they attend to nothing and are not kept.
 """
 
 from __future__ import annotations
@@ -17,28 +23,59 @@ from torch import Tensor
 
 from tinkercloud.engine.torch.attention import Scan, dense_attention, with_sink_column
 from tinkercloud.engine.torch.decode_window import CacheRows, DecodeWindow, DecodeWindows, page_tables
-from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, pages_for
+from tinkercloud.engine.torch.kv_cache import PAD_PAGE, PAGE_TOKENS, KVCache, pages_for
 from tinkercloud.engine.torch.state_cache import StateCache
+
+TILE = 32
+"""Tokens in a tile, whole pages. Small ones waste little on prompts of which few rows are new, large ones take fewer
+calls."""
+
+GATHERED_TOKENS = 32768
+"""Keys that tiles attended together have at most, of all their sequences: bounds the memory for copies of them."""
 
 
 class _Block(NamedTuple):
-    """Sequences that are attended together: all of the same `count`."""
+    """Rows that are attended together, as B sequences of L queries each."""
 
+    shape: tuple[int, int]
+    """(B, L)"""
     rows: Tensor
-    """int64 [B * count], into the step's rows."""
+    """int64 [n], into the step's rows."""
+    places: Tensor | None
+    """int64 [n]: where the rows are among the B * L queries, the others of which are zeros; None if they are all."""
     positions: Tensor
-    """int64 [B, count]: of the queries."""
+    """int64 [B, L], or [1, L] if they are the same for all: of the queries."""
     num_keys: int
     """Of each sequence, masked ones included."""
     tables: Tensor | None
-    """int64 [B, P], None where there is a window."""
+    """int64 [B, P], or [1, P] if they are the same for all; None where there is a window."""
     window: DecodeWindow | None
-    slots: Tensor
-    """int64 [B]: of the state cache."""
 
     def in_place(self, cache: KVCache) -> bool:
         """Whether the cache attends by itself: single queries, where there are kernels."""
-        return cache.has_kernels and self.positions.shape[1] == 1
+        return cache.has_kernels and self.shape[1] == 1
+
+
+class _Scanned(NamedTuple):
+    """Sequences that linear attention scans together."""
+
+    shape: tuple[int, int]
+    """(sequences, new tokens of each)"""
+    rows: Tensor
+    """int64 [n], into the step's rows."""
+    slots: Tensor
+    """int64 [sequences]: of the state cache."""
+
+
+class _TileRows(NamedTuple):
+    """What a step has of one sequence's tile."""
+
+    pages: Sequence[int]
+    row: int
+    """The first, of the step's rows."""
+    place: int
+    """The first, of the tile's rows."""
+    count: int
 
 
 class PagedAttention:
@@ -57,43 +94,93 @@ class PagedAttention:
         self._cache, self._states = cache, states
         self._device = device
         slots: list[int] = []
+        tiles: dict[int, list[_TileRows]] = {}
         decoding: dict[int, list[tuple[int, CacheRows]]] = {}
         self._blocks: list[_Block] = []
         for sequence in step:
-            pages, start, count, _ = sequence
-            first = len(slots)
-            if count == 1:
-                slots.append(pages[start // PAGE_TOKENS] * PAGE_TOKENS + start % PAGE_TOKENS)
-                bucket = 0 if cache.has_kernels else (pages_for(start + 1) - 1).bit_length()
+            first, start, end = len(slots), sequence.start, sequence.start + sequence.count
+            slots += [
+                sequence.pages[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
+                for position in range(start, end)
+            ]
+            if sequence.prefill:
+                for tile in range(start // TILE, -(-end // TILE)):
+                    begin, stop = max(start, tile * TILE), min(end, (tile + 1) * TILE)
+                    rows = _TileRows(sequence.pages, first + begin - start, begin - tile * TILE, stop - begin)
+                    tiles.setdefault(tile, []).append(rows)
+            elif cache.has_kernels:
+                rows = [sequence._replace(start=position, count=1) for position in range(start, end)]
+                decoding.setdefault(0, []).extend(enumerate(rows, first))
+            elif sequence.count == 1:
+                bucket = (pages_for(end) - 1).bit_length()
                 decoding.setdefault(bucket, []).append((first, sequence))
             else:
-                slots += [
-                    pages[position // PAGE_TOKENS] * PAGE_TOKENS + position % PAGE_TOKENS
-                    for position in range(start, start + count)
-                ]
-                self._blocks.append(self._block([first], [sequence], None))
-        firsts, members = [], []
-        for block in decoding.values():
-            firsts.append([first for first, _ in block])
-            members.append([sequence for _, sequence in block])
+                self._blocks.append(self._one_by_one(first, sequence))
+        for tile, members in tiles.items():
+            together = max(1, GATHERED_TOKENS // ((tile + 1) * TILE))
+            for begin in range(0, len(members), together):
+                self._blocks.append(self._tiles(tile, members[begin : begin + together]))
+        firsts = [[first for first, _ in block] for block in decoding.values()]
+        members = [[sequence for _, sequence in block] for block in decoding.values()]
         found = [None] * len(members) if windows is None or cache.has_kernels else windows.step(members)
-        self._blocks += [self._block(*block) for block in zip(firsts, members, found, strict=True)]
+        self._blocks += [self._decoding(*block) for block in zip(firsts, members, found, strict=True)]
         self._slots = self._tensor(slots)
-        self._masks: dict[tuple[int, int, int | None, bool], Tensor] = {}
+        self._scanned = [] if states is None else self._scanned_of(step)
+        self._masks: dict[tuple[int, int, int | None, bool, bool], Tensor] = {}
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
-    def _block(self, firsts: Sequence[int], members: Sequence[CacheRows], window: DecodeWindow | None) -> _Block:
-        """`firsts`: the first row of each member."""
-        count = members[0].count
-        rows = self._tensor([first + i for first in firsts for i in range(count)])
-        slots = self._tensor([member.slot for member in members])
+    def _decoding(self, firsts: Sequence[int], members: Sequence[CacheRows], window: DecodeWindow | None) -> _Block:
+        """One drawn token of each member. `firsts`: their rows."""
+        shape, rows = (len(members), 1), self._tensor(firsts)
         if window is not None:
-            return _Block(rows, window.positions[:, None], window.length, None, window, slots)
+            return _Block(shape, rows, None, window.positions[:, None], window.length, None, window)
         tables = page_tables(members, self._device)
-        positions = self._tensor([list(range(member.start, member.start + count)) for member in members])
-        return _Block(rows, positions, tables.shape[1] * PAGE_TOKENS, tables, None, slots)
+        positions = self._tensor([[member.start] for member in members])
+        return _Block(shape, rows, None, positions, tables.shape[1] * PAGE_TOKENS, tables, None)
+
+    def _one_by_one(self, first: int, member: CacheRows) -> _Block:
+        """Several drawn tokens of one sequence, as when they were drawn."""
+        tables = page_tables([member], self._device)
+        rows = torch.arange(first, first + member.count, device=self._device)
+        positions = (rows - first + member.start)[:, None]
+        return _Block((member.count, 1), rows, None, positions, tables.shape[1] * PAGE_TOKENS, tables, None)
+
+    def _tiles(self, tile: int, members: Sequence[_TileRows]) -> _Block:
+        """The rows of several sequences' tiles of one number."""
+        rows = [member.row + i for member in members for i in range(member.count)]
+        places = [index * TILE + member.place + i for index, member in enumerate(members) for i in range(member.count)]
+        whole = len(rows) == len(members) * TILE
+        positions = torch.arange(tile * TILE, (tile + 1) * TILE, device=self._device)
+        width = pages_for((tile + 1) * TILE)
+        tables = [[*member.pages[:width], *[PAD_PAGE] * (width - len(member.pages))] for member in members]
+        return _Block(
+            (len(members), TILE),
+            self._tensor(rows),
+            None if whole else self._tensor(places),
+            positions[None],
+            width * PAGE_TOKENS,
+            self._tensor(tables),
+            None,
+        )
+
+    def _scanned_of(self, step: Sequence[CacheRows]) -> list[_Scanned]:
+        """Sequences with one new token together, others by themselves."""
+        groups: list[_Scanned] = []
+        single: list[tuple[int, int]] = []
+        first = 0
+        for sequence in step:
+            if sequence.count == 1 and not sequence.prefill:
+                single.append((first, sequence.slot))
+            else:
+                rows = torch.arange(first, first + sequence.count, device=self._device)
+                groups.append(_Scanned((1, sequence.count), rows, self._tensor([sequence.slot])))
+            first += sequence.count
+        if single:
+            rows, slots = zip(*single, strict=True)
+            groups.append(_Scanned((len(single), 1), self._tensor(rows), self._tensor(slots)))
+        return groups
 
     def __call__(
         self,
@@ -130,12 +217,12 @@ class PagedAttention:
     def scan(self, layer: int, rows: tuple[Tensor, ...], scan: Scan) -> Tensor:
         """See `attention.Attention`; each sequence goes on from its state, and leaves the new one there."""
         outputs = []
-        for block in self._blocks:
-            own = tuple(part.index_select(0, block.rows).unflatten(0, block.positions.shape) for part in rows)
-            output, state = scan(own, self._states.read(layer, block.slots))
-            self._states.write(layer, block.slots, state)
+        for group in self._scanned:
+            own = tuple(part.index_select(0, group.rows).unflatten(0, group.shape) for part in rows)
+            output, state = scan(own, self._states.read(layer, group.slots))
+            self._states.write(layer, group.slots, state)
             outputs.append(output.flatten(0, 1))
-        order = torch.cat([block.rows for block in self._blocks])
+        order = torch.cat([group.rows for group in self._scanned])
         joined = torch.cat(outputs)
         return joined.new_zeros(len(rows[0]), *joined.shape[1:]).index_copy_(0, order, joined)
 
@@ -151,7 +238,7 @@ class PagedAttention:
         softcap: float | None,
         sinks: Tensor | None,
     ) -> Tensor:
-        """Attend the queries [B * count, Hq, D] of one block; its keys and values are in their pages already.
+        """Attend the queries [n, Hq, D] of one block; its keys and values are in their pages already.
 
         The query heads that share a key head become further queries of it, so that grouped-query attention repeats no
         keys.
@@ -162,7 +249,11 @@ class PagedAttention:
             keys, values = block.window.read(layer)
         else:
             keys, values = self._cache.read(layer, block.tables)
-        batch, count = block.positions.shape
+        batch, count = block.shape
+        if len(keys) < batch:
+            keys, values = keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+        if block.places is not None:
+            query = query.new_zeros(batch * count, *query.shape[1:]).index_copy_(0, block.places, query)
         kv_heads = keys.shape[1]
         group = query.shape[1] // kv_heads
         if count == 1:
@@ -182,13 +273,13 @@ class PagedAttention:
         if count == 1:
             return attended.reshape(batch, kv_heads * group, -1)
         attended = attended.view(batch, kv_heads, group, count, -1).permute(0, 3, 1, 2, 4)
-        return attended.reshape(batch * count, kv_heads * group, -1)
+        attended = attended.reshape(batch * count, kv_heads * group, -1)
+        return attended if block.places is None else attended.index_select(0, block.places)
 
     def _mask(self, index: int, group: int, window: int | None, added: bool, sinks: bool) -> Tensor:
-        """True where a query sees a key, [B, 1, group * count, keys], with a column for sinks first if there are any;
-        made once for all layers of a kind. The decode window's own, which is to be added to scores, where that is the
-        same and will do."""
-        key = (index, group, window, sinks)
+        """Where a query sees a key, [B or 1, 1, group * L, keys], with a column for sinks first if there are any; made
+        once for all layers of a kind. True there, or 0 in a mask that is `added` to scores."""
+        key = (index, group, window, added, sinks)
         if key not in self._masks:
             mask = self._seen(self._blocks[index], group, window, added)
             self._masks[key] = with_sink_column(mask) if sinks else mask
@@ -202,4 +293,6 @@ class PagedAttention:
         mask = keys <= positions
         if window is not None:
             mask &= keys > positions - window
+        if added:  # converted here once, else in every layer
+            mask = torch.zeros(mask.shape, dtype=self._cache.dtype, device=self._device).masked_fill_(~mask, -torch.inf)
         return mask.repeat(1, 1, group, 1)

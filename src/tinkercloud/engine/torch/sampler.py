@@ -101,14 +101,28 @@ class TorchSampler:
                 raise
             except (OSError, RuntimeError) as error:
                 return Failure(f"the sampler's weights cannot be read: {error}", "server")
-        self._opened += 1
-        self._samplers[operation.sampler_id] = OpenedSampler(self._opened, operation.folder, adapter)
+        self._samplers[operation.sampler_id] = self._same(operation.folder, adapter) or self._new(
+            operation.folder, adapter
+        )
         return Done()
 
     def close(self, operation: CloseSampler) -> Result:
         """Take no more requests. The weights live on for those that it has, which hold them."""
-        self._samplers.pop(operation.sampler_id, None)
+        sampler = self._samplers.pop(operation.sampler_id, None)
+        if sampler is not None and sampler not in self._samplers.values():
+            self._batch.forget(sampler.prefixes)
         return Done()
+
+    def _new(self, folder: str, adapter: AdapterWeights | None) -> OpenedSampler:
+        self._opened += 1
+        return OpenedSampler(self._opened, folder, adapter)
+
+    def _same(self, folder: str, adapter: AdapterWeights | None) -> OpenedSampler | None:
+        """A sampler that is open with the same weights, to be the same: they are held once, and so are its prompts."""
+        for sampler in self._samplers.values():
+            if sampler.folder == folder and (adapter is None or adapter.equal(sampler.adapter)):
+                return sampler
+        return None
 
     def submit(self, operation: Sample) -> None:
         """Check a request and let it wait; a bad one is answered by the next step."""
@@ -143,6 +157,11 @@ class TorchSampler:
     def pages_used(self) -> int:
         """Pages of the KV cache that sequences hold; 0 when nothing runs."""
         return self._cache.used
+
+    @property
+    def pages_kept(self) -> int:
+        """Pages that no sequence holds, but that have prompts which are found again; they give way to what runs."""
+        return self._cache.idle
 
     @property
     def states_used(self) -> int:
@@ -217,7 +236,10 @@ class TorchSampler:
         tokens = [token for sequence, count in turns for token in sequence.next_tokens(count)]
         positions = [sequence.cached + i for sequence, count in turns for i in range(count)]
         filling = [0] * self._model.filling(len(tokens))
-        step = [CacheRows(sequence.pages, sequence.cached, count, sequence.slot) for sequence, count in turns]
+        step = [
+            CacheRows(sequence.pages, sequence.cached, count, sequence.slot, prefill=not sequence.holds_prompt)
+            for sequence, count in turns
+        ]
         attention = PagedAttention(self._cache, step, device, self._windows, self._states)
         hidden = self._model.hidden_states(
             torch.tensor(tokens + filling, device=device),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
 from tinkercloud.engine.torch.lora import AdapterWeights
+from tinkercloud.engine.torch.prefix_cache import Namespace, Node, page_keys
 from tinkercloud.engine.torch.prompt_scoring import PromptScores
 from tinkercloud.engine.torch.sampling import random_stream
 from tinkercloud.engine.torch.stopping import StopCondition
@@ -23,6 +25,8 @@ class OpenedSampler:
     folder: str
     adapter: AdapterWeights | None
     """None is the base model."""
+    prefixes: Namespace = field(default_factory=Namespace)
+    """What is kept of prompts that these weights have read. If the weights ever change, it must be another one."""
 
 
 class Request:
@@ -35,6 +39,21 @@ class Request:
         self.prompt: list[int] = operation.prompt.tolist()
         self.sequences = [Sequence(self, index) for index in range(operation.num_samples)]
         self.scores = PromptScores(operation)
+        self.cache_hit_tokens: int | None = None
+        """Tokens of the prompt that its first sequence found in the cache; None before that has run."""
+
+    @cached_property
+    def page_keys(self) -> list[bytes]:
+        """Of the prompt, for the prefix cache."""
+        return page_keys(self.operation.prompt)
+
+    def common_tokens(self, other: Request) -> int:
+        """How many tokens its prompt and another's begin alike."""
+        if other is self:
+            return len(self.prompt)
+        length = min(len(self.prompt), len(other.prompt))
+        differs = np.flatnonzero(self.operation.prompt[:length] != other.operation.prompt[:length])
+        return int(differs[0]) if len(differs) else length
 
     @property
     def untempered(self) -> bool:
@@ -54,6 +73,7 @@ class Request:
             prompt_top_logprobs=self.scores.top,
             target_prompt_logprobs=self.scores.targets.output() if self.scores.targets is not None else None,
             prompt_alt_tokens=self.scores.alternatives,
+            prompt_cache_hit_tokens=self.cache_hit_tokens or 0,
         )
 
 
@@ -74,6 +94,15 @@ class Sequence:
     cached: int = 0
     slot: int = 0
     """Of the state cache, while it runs and the model has linear attention."""
+    namespace: Namespace | None = None
+    """In which its prompt's pages are kept; None before it runs, and where none are."""
+    node: Node | Namespace | None = None
+    """Of its last page that is kept."""
+    kept: int = 0
+    """Pages of its prompt that are kept, or cannot be."""
+    leader: Sequence | None = None
+    """Computes a prompt that begins alike, for which this one waits, until it has cached `awaited` tokens."""
+    awaited: int = 0
     stop_reason: Literal["stop", "length"] | None = None
 
     def __post_init__(self) -> None:
@@ -85,8 +114,19 @@ class Sequence:
 
     @property
     def holds_prompt(self) -> bool:
-        """Whether a sibling can go on from this sequence's pages."""
+        """Whether only drawn tokens are still to be run."""
         return self.cached >= len(self.request.prompt)
+
+    @property
+    def shareable(self) -> int:
+        """Tokens that others of the same prompt have too; not the last one of all, which must run for the next one's
+        distribution."""
+        return min(len(self.request.prompt), self.num_tokens - 1)
+
+    @property
+    def reusable(self) -> int:
+        """Tokens of the prompt that need not run if they are in the cache: nobody asked what they say."""
+        return min(self.shareable, self.request.scores.needed_from)
 
     def next_tokens(self, count: int) -> list[int]:
         """The first `count` tokens that are not cached."""
