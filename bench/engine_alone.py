@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,7 @@ class EngineAlone:
         model = BaseModel.load(options)
         self._trainer, self._sampler = TorchTrainer(model, options), TorchSampler(model, options)
         self._tenants: set[str] = set()
+        self._seeds = itertools.count()
         self._train(CreateModel("run", LORA))
         self._train(SaveWeights("run", f"{folder}-adapter", replace=True))
         self._sampler.open(OpenSampler("sampler", f"{folder}-adapter"))
@@ -71,9 +73,9 @@ class EngineAlone:
         self._train(*(_gradients(name, uniform(rows, tokens, seed)) for seed, name in enumerate(names)))
 
     def generate(self, rows: int, tokens: int, new_tokens: int) -> None:
-        """`new_tokens` more for each of `rows` prompts, all submitted at once."""
+        """`new_tokens` more for each of `rows` prompts that are new to the sampler, all submitted at once."""
         params = SamplingParams(max_tokens=new_tokens, seed=0)
-        for number, prompt in enumerate(token_rows(rows, tokens)):
+        for number, prompt in enumerate(token_rows(rows, tokens, next(self._seeds))):
             self._sampler.submit(Sample(f"{number}", "sampler", prompt.astype(np.int32), params))
         while self._sampler.busy:
             for _, result in self._sampler.step():

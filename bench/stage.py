@@ -3,6 +3,7 @@ when it is first asked for and ends with the stage."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -35,6 +36,7 @@ class Stage:
         self._stack = stack
         self._gemm_rate = 0.0
         self._tenants: list[tinker.TrainingClient] = []
+        self._seeds = itertools.count(1)
 
     @cached_property
     def model_folder(self) -> Path:
@@ -106,6 +108,10 @@ class Stage:
             self._tenants.append(self.new_run())
         return self._tenants[:count]
 
+    def new_prompts(self, rows: int, tokens: int) -> list[tinker.ModelInput]:
+        """Prompts that nobody has sent before: the server keeps those that it has read."""
+        return prompts(rows, tokens, next(self._seeds))
+
     @cached_property
     def sampler(self) -> tinker.SamplingClient:
         """The adapter's weights as they are when this is first asked for."""
@@ -132,8 +138,8 @@ def batch(examples: Sequence[Example]) -> list[tinker.Datum]:
     ]
 
 
-def prompts(rows: int, tokens: int) -> list[tinker.ModelInput]:
-    """The competitor's prompts of the same size."""
+def prompts(rows: int, tokens: int, seed: int = 0) -> list[tinker.ModelInput]:
+    """Prompts of random tokens; with the seed 0, the competitor's."""
     from tinker import types
 
-    return [types.ModelInput.from_ints(row.tolist()) for row in token_rows(rows, tokens)]
+    return [types.ModelInput.from_ints(row.tolist()) for row in token_rows(rows, tokens, seed)]

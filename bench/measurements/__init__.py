@@ -1,12 +1,27 @@
 """The measurements, in the order in which they run and are shown."""
 
 from bench.measurements.forward_backward import FORWARD_BACKWARD
+from bench.measurements.latency import LATENCY
 from bench.measurements.memory import MEMORY
 from bench.measurements.peak_memory import PEAK_MEMORY
 from bench.measurements.round_trip import ROUND_TRIP
 from bench.measurements.sampling import SAMPLING
+from bench.measurements.shared_prompt import SHARED_PROMPT
 from bench.measurements.short_beside_long import SHORT_BESIDE_LONG
+from bench.measurements.side_by_side import SIDE_BY_SIDE
 from bench.measurements.start import START
 from bench.measurements.tenants import TENANTS
 
-ALL = (*FORWARD_BACKWARD, *TENANTS, *PEAK_MEMORY, ROUND_TRIP, SAMPLING, SHORT_BESIDE_LONG, START, MEMORY)
+ALL = (
+    *FORWARD_BACKWARD,
+    *TENANTS,
+    *PEAK_MEMORY,
+    ROUND_TRIP,
+    SAMPLING,
+    *SHARED_PROMPT,
+    *LATENCY,
+    SHORT_BESIDE_LONG,
+    *SIDE_BY_SIDE,
+    START,
+    MEMORY,
+)

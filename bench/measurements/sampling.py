@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bench.measurement import Measurement
 from bench.readings import Goal, Readings
-from bench.stage import Stage, prompts, seconds
+from bench.stage import Stage, seconds
 
 ROWS, PROMPT_TOKENS, NEW_TOKENS = 16, 32, 64
 NAME, WORK = "generate", {"rows": ROWS, "tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
@@ -15,9 +15,9 @@ def take(stage: Stage, repeat: int) -> Readings:
     import tinker
 
     params = tinker.SamplingParams(max_tokens=NEW_TOKENS, temperature=1.0, stop=[])
-    questions = prompts(ROWS, PROMPT_TOKENS)
 
     def sample() -> None:
+        questions = stage.new_prompts(ROWS, PROMPT_TOKENS)
         for future in [stage.sampler.sample(question, 1, params) for question in questions]:
             assert len(future.result().sequences[0].tokens) == NEW_TOKENS
 
