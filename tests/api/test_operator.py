@@ -26,6 +26,7 @@ UNRECORDED = {
     "POST /retrieve_futures",
     "POST /cancel_future",
     "POST /weights_info",
+    "POST /sessions/search",
 }
 """What changes nothing that outlives its session, or is a step of what was recorded when it began."""
 
