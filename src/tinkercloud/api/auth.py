@@ -8,7 +8,7 @@ was given for one; what belongs to another owner does not exist for it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Depends, Request
 from msgspec import Struct
@@ -22,6 +22,7 @@ from tinkercloud.control.keys import Keys
 from tinkercloud.control.service import Service
 from tinkercloud.errors import Forbidden, Unauthorized
 from tinkercloud.ledger.records import KeyRecord
+from tinkercloud.ledger.search import Access
 
 LOCAL_OWNER = "local"
 """Whose everything is that was made without keys; a key for this user gets at it."""
@@ -57,6 +58,15 @@ async def _owner_of(request: Request) -> str:  # async, since FastAPI runs any o
 
 Owner = Annotated[str, Depends(_owner_of)]
 """The owner that a request acts for."""
+
+
+AccessScope = Literal["owned", "accessible"]
+"""What a list has: the caller's own, or also what others have published, and what is in the project of its key."""
+
+
+def access_of(caller: Caller) -> Access:
+    """What the caller may look at."""
+    return Access(caller.owner, None if caller.key is None else caller.key.project_id)
 
 
 def project_for(caller: Caller, wanted: str | None) -> str | None:

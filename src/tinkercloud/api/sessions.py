@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 
 from tinkercloud.api.audit import Event, note
-from tinkercloud.api.auth import Owner, caller_of, project_for
+from tinkercloud.api.auth import AccessScope, Owner, access_of, caller_of, project_for
 from tinkercloud.api.dependencies import Limit, Offset, ServiceOf, body_of
 from tinkercloud.api.downloads import link
 from tinkercloud.api.wire import json as wire
@@ -131,9 +131,19 @@ def _status(session: SessionRecord) -> dict[str, Any] | None:
 
 
 @router.get("/sessions")
-async def list_sessions(service: ServiceOf, owner: Owner, limit: Limit = 20, offset: Offset = 0) -> dict[str, Any]:
-    """Ids of the owner's sessions, newest first."""
-    sessions = await service.sessions.list(owner, limit, offset)
+async def list_sessions(
+    request: Request,
+    service: ServiceOf,
+    owner: Owner,
+    limit: Limit = 20,
+    offset: Offset = 0,
+    access_scope: AccessScope = "owned",
+) -> dict[str, Any]:
+    """Ids of the owner's sessions, newest first; `accessible` are also those of others in the project of the key."""
+    if access_scope == "owned":
+        sessions = await service.sessions.list(owner, limit, offset)
+    else:
+        sessions = await service.sessions.list_accessible(access_of(caller_of(request)), limit, offset)
     return {"sessions": [session.session_id for session in sessions]}
 
 
@@ -147,9 +157,14 @@ async def trace_export(session_id: str, request: Request, service: ServiceOf, ow
 
 
 @router.get("/sessions/{session_id}")
-async def get_session(session_id: str, service: ServiceOf, owner: Owner) -> dict[str, Any]:
+async def get_session(
+    session_id: str, request: Request, service: ServiceOf, owner: Owner, access_scope: AccessScope = "owned"
+) -> dict[str, Any]:
     """A session's training runs and samplers."""
-    session = await service.sessions.get(session_id, owner)
+    if access_scope == "owned":
+        session = await service.sessions.get(session_id, owner)
+    else:
+        session = await service.sessions.accessible(session_id, access_of(caller_of(request)))
     models, samplers = await service.sessions.members(session_id)
     return {
         "training_run_ids": models,

@@ -65,6 +65,11 @@ class Checkpoints:
         found = await self._ledger.find(CheckpointRecord, owner=owner, model_id=model_id)
         return [checkpoint for checkpoint in found if not _is_over(checkpoint)]
 
+    async def readable_of_run(self, model_id: str, owner: str) -> list[CheckpointRecord]:
+        """As `of_run`, of anybody's training run: those of the owner, and those that are published."""
+        found = await self._ledger.find(CheckpointRecord, model_id=model_id)
+        return [each for each in found if (each.owner == owner or each.public) and not _is_over(each)]
+
     async def list(self, owner: str, limit: int, offset: int) -> tuple[list[CheckpointRecord], int]:
         """(a page of the owner's checkpoints, newest first; how many there are)."""
         found = await self._ledger.find(CheckpointRecord, owner=owner, limit=limit, offset=offset)

@@ -32,6 +32,7 @@ from tinkercloud.errors import InvalidRequest, NotFound
 from tinkercloud.ledger.entries import Draft, request_id
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import CheckpointRecord, Entry, ModelRecord, SessionRecord
+from tinkercloud.ledger.search import Access
 
 MAX_AHEAD = 100_000
 """How many operations a client may send ahead. A seq_id beyond is a mistake that would cost the whole run: when its gap
@@ -146,6 +147,18 @@ class TrainingRuns:
             return await self._ledger.runs_of_project(owner, project_id, limit, offset)
         models = await self._ledger.find(ModelRecord, owner=owner, limit=limit, offset=offset)
         return models, await self._ledger.count(ModelRecord, owner=owner)
+
+    async def accessible(self, model_id: str, access: Access) -> ModelRecord:
+        """As `find`, also one of somebody else that the caller may look at."""
+        found, _ = await self._ledger.accessible_runs(access, 1, 0, model_id=model_id)
+        return found[0] if found else await self.find(model_id, access.owner)
+
+    async def list_accessible(
+        self, access: Access, limit: int, offset: int, project_id: str | None
+    ) -> tuple[list[ModelRecord], int]:
+        """As `list`, with those of others that the caller may look at."""
+        fields = {} if project_id is None else {"project_id": project_id}
+        return await self._ledger.accessible_runs(access, limit, offset, **fields)
 
     # ------------------------------------------------------------ operations
 

@@ -15,7 +15,7 @@ from tinkercloud.control.session_query import SessionQuery
 from tinkercloud.errors import Ended, NotFound
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import ModelRecord, SamplerRecord, SessionRecord
-from tinkercloud.ledger.search import Holdings
+from tinkercloud.ledger.search import Access, Holdings
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +102,17 @@ class Sessions:
         session = await self._ledger.get(SessionRecord, session_id)
         if session is not None and session.state == "finished":
             await self._end(session, session.finish_reason or "")
+
+    async def accessible(self, session_id: str, access: Access) -> SessionRecord:
+        """As `get`, also one of somebody else in the project that the caller's key is for."""
+        session = await self._ledger.get(SessionRecord, session_id)
+        if session is not None and session.project_id is not None and session.project_id == access.project_id:
+            return session
+        return await self.get(session_id, access.owner)
+
+    async def list_accessible(self, access: Access, limit: int, offset: int) -> list[SessionRecord]:
+        """As `list`, with those of others in the project that the caller's key is for."""
+        return await self._ledger.accessible_sessions(access, limit, offset)
 
     async def list(self, owner: str, limit: int, offset: int) -> list[SessionRecord]:
         """A page of the owner's sessions, newest first."""

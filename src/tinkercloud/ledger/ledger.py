@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -358,6 +359,18 @@ class Ledger:
         """(a page of the owner's training runs in a project, newest first; how many there are)."""
         found, total = await self._read(search.runs_of_project, owner, project_id, limit, offset)
         return [self._fresh(run) for run in found], total
+
+    async def accessible_runs(
+        self, access: search.Access, limit: int, offset: int, **fields: str
+    ) -> tuple[list[ModelRecord], int]:
+        """(a page of the training runs that somebody may look at, newest first; how many there are)."""
+        found, total = await self._read(partial(search.accessible_runs, **fields), access, self._clock(), limit, offset)
+        return [self._fresh(run) for run in found], total
+
+    async def accessible_sessions(self, access: search.Access, limit: int, offset: int) -> list[SessionRecord]:
+        """A page of the sessions that somebody may look at, newest first."""
+        found = await self._read(search.accessible_sessions, access, limit, offset)
+        return [self._fresh(session) for session in found]
 
     async def timeline(self, session_id: str) -> list[timeline.Moment]:
         """The operations of a session's training runs and samplers, in the order in which they came."""

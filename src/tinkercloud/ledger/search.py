@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, and_, func, or_, select
+from sqlalchemy import Connection, and_, exists, func, or_, select
 
 from tinkercloud.ledger.catalog import record_of
 from tinkercloud.ledger.records import ModelRecord, SessionRecord
@@ -72,3 +72,44 @@ def runs_of_project(
     found = [record_of(ModelRecord, row._mapping) for row in rows]
     total = connection.scalar(select(func.count()).select_from(joined).where(where)) or 0
     return found, total
+
+
+class Access(NamedTuple):
+    """What somebody may look at beside their own."""
+
+    owner: str
+    project_id: str | None
+    """Everybody's things in this project, if any."""
+
+
+def accessible_runs(
+    connection: Connection, access: Access, now: float, limit: int, offset: int, **fields: str
+) -> tuple[list[ModelRecord], int]:
+    """(a page of training runs, newest first; how many there are): the owner's, those in the project, and those of
+    which a checkpoint is published. `fields`: the project_id or model_id that they have."""
+    joined = models.join(sessions, models.c.session_id == sessions.c.session_id)
+    published = exists().where(
+        checkpoints.c.model_id == models.c.model_id,
+        checkpoints.c.public,
+        or_(checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > now),
+    )
+    where = or_(models.c.owner == access.owner, published)
+    if access.project_id is not None:
+        where = or_(where, sessions.c.project_id == access.project_id)
+    columns = {"project_id": sessions.c.project_id, "model_id": models.c.model_id}
+    where = and_(where, *(columns[name] == value for name, value in fields.items()))
+    query = select(models).select_from(joined).where(where)
+    rows = connection.execute(
+        query.order_by(models.c.created_at.desc(), models.c.model_id.desc()).limit(limit).offset(offset)
+    )
+    found = [record_of(ModelRecord, row._mapping) for row in rows]
+    return found, connection.scalar(select(func.count()).select_from(joined).where(where)) or 0
+
+
+def accessible_sessions(connection: Connection, access: Access, limit: int, offset: int) -> list[SessionRecord]:
+    """A page of sessions, newest first: the owner's, and those in the project."""
+    where = sessions.c.owner == access.owner
+    if access.project_id is not None:
+        where = or_(where, sessions.c.project_id == access.project_id)
+    query = select(sessions).where(where).order_by(sessions.c.created_at.desc(), sessions.c.session_id.desc())
+    return [record_of(SessionRecord, row._mapping) for row in connection.execute(query.limit(limit).offset(offset))]
