@@ -22,7 +22,7 @@ def test_batches_prompts_and_samples_count_for_their_owner(shared):
         prompt = np.arange(5, 55, dtype=np.int32)
         for _ in range(2):
             sample = Sample("", sampler.sampler_id, prompt, SamplingParams(max_tokens=4, seed=1), num_samples=3)
-            await Client._finished(service, await service.samplers.sample(sampler, None, sample))
+            drawn = await Client._finished(service, await service.samplers.sample(sampler, None, sample))
 
         now = time.time()
         used = [
@@ -36,7 +36,8 @@ def test_batches_prompts_and_samples_count_for_their_owner(shared):
             sums[usage.model_id, usage.kind] = sums.get((usage.model_id, usage.kind), 0) + usage.tokens
         assert sums == {
             (client.model.model_id, "train"): 20,
-            (sampler.sampler_id, "prefill"): 2 * 50,
+            (sampler.sampler_id, "prefill"): 2 * 50 - drawn.prompt_cache_hit_tokens,
+            (sampler.sampler_id, "cached"): drawn.prompt_cache_hit_tokens,
             (sampler.sampler_id, "sample"): 2 * 3 * 4,
         }
 
