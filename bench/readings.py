@@ -33,7 +33,7 @@ def spread(values: tuple[float, ...]) -> float:
     if len(values) < 2:
         return 0.0
     low, _, high = quantiles(values, n=4, method="inclusive")
-    return (high - low) / median(values)
+    return (high - low) / abs(median(values)) if median(values) else 0.0
 
 
 def interleaved(
@@ -67,15 +67,15 @@ def interleaved(
     return Readings(tuple(our_readings[warm_up:]), kept[fastest], fastest)
 
 
-Quantity = Literal["speed", "slowdown", "fewer_bytes", "seconds", "bytes"]
+Quantity = Literal["speed", "slowdown", "fewer_bytes", "seconds", "added_seconds", "bytes"]
 
 
 @dataclass(frozen=True)
 class Goal:
     """What a measurement should come to.
 
-    speed: theirs / ours, at least; slowdown (of seconds) and fewer_bytes: ours / theirs, at most; seconds and bytes:
-    ours, at most.
+    speed: theirs / ours, at least; slowdown (of seconds) and fewer_bytes: ours / theirs, at most; added_seconds: ours -
+    theirs, at most; seconds and bytes: ours, at most.
     """
 
     quantity: Quantity
@@ -92,6 +92,8 @@ class Goal:
                 return readings.ratios
             case "slowdown" | "fewer_bytes":
                 return tuple(1 / ratio for ratio in readings.ratios)
+            case "added_seconds":
+                return tuple(our - their for our, their in zip(readings.ours, readings.theirs, strict=True))
             case _:
                 return readings.ours
 

@@ -46,7 +46,8 @@ def format_goal(goal: Goal) -> str:
     """Such as "≥ 0.95 x" or "≤ 60.0 ms"."""
     if goal.is_ratio:
         return f"{'≥' if goal.quantity == 'speed' else '≤'} {goal.limit:g} x"
-    return f"≤ {format_value(goal.limit, goal)}"
+    more = " more" if goal.quantity == "added_seconds" else ""
+    return f"≤ {format_value(goal.limit, goal)}{more}"
 
 
 def to_json(rows: Sequence[Row], settings: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The measurements, in the order in which they run and are shown."""
 
+from bench.measurements.acknowledged import ACKNOWLEDGED
 from bench.measurements.forward_backward import FORWARD_BACKWARD
 from bench.measurements.latency import LATENCY
 from bench.measurements.memory import MEMORY
@@ -24,4 +25,5 @@ ALL = (
     *SIDE_BY_SIDE,
     START,
     MEMORY,
+    ACKNOWLEDGED,
 )

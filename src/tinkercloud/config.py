@@ -207,6 +207,11 @@ class Settings(PerModel, BaseSettings):
         "`tls_key`, the server speaks HTTPS and nothing else.",
     )
     tls_key: Path | None = Field(None, description="PEM file with the certificate's private key, without a password.")
+    sync_to_disk: bool = Field(
+        True,
+        description="Acknowledge an operation when the disk has it. Without it, for measurements, a power cut may lose "
+        "what was acknowledged and damage the database; a kill of the server still loses nothing.",
+    )
     log_file: Path | None = Field(None, description="File that the log is appended to; without it, standard error.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     models: Annotated[list[ModelSettings], NoDecode, BeforeValidator(_read_models)] = Field(

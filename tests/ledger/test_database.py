@@ -162,3 +162,14 @@ async def test_a_restart_of_the_database_is_outlived(tmp_path: Path, postgresql:
     await other.close()
     await ledger.append("stream", 2, "sample", b"payload")
     await ledger.close()
+
+
+@pytest.mark.parametrize("sync_to_disk", [True, False])
+def test_commits_wait_for_the_disk_unless_told_otherwise(url: str, sync_to_disk: bool) -> None:
+    engine = database.connect_writer(url, sync_to_disk)
+    asked, waits, not_at_all = (
+        ("PRAGMA synchronous", 2, 0) if url.startswith("sqlite") else ("SHOW synchronous_commit", "on", "off")
+    )
+    with engine.connect() as connection:
+        assert connection.scalar(text(asked)) == (waits if sync_to_disk else not_at_all)
+    engine.dispose()

@@ -75,6 +75,7 @@ class Service:
             settings.database_url,
             result_retention=settings.result_retention_seconds,
             unretrieved_retention=settings.unretrieved_retention_seconds,
+            sync_to_disk=settings.sync_to_disk,
         )
         keys = await Keys.open(ledger)
         if not keys.configured and not is_loopback(settings.host):

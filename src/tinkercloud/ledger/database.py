@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def connect(url: URL | str, connections: int) -> Engine:
     return engine
 
 
-def connect_writer(url: URL | str) -> Engine:
+def connect_writer(url: URL | str, sync_to_disk: bool = True) -> Engine:
     """An engine of one connection, which only one process at a time can have. To open it raises `DatabaseInUse`.
 
     The lock is the connection's: who has lost it, by a restart of PostgreSQL, must have it again before it writes.
@@ -105,7 +105,21 @@ def connect_writer(url: URL | str) -> Engine:
     engine = connect(url, 1)
     if engine.dialect.name == "postgresql":
         event.listen(engine, "connect", _lock_postgresql)
+    if not sync_to_disk:
+        event.listen(engine, "connect", _without_sync(engine.dialect.name))
     return engine
+
+
+def _without_sync(dialect: str) -> Callable[[Any, Any], None]:
+    statement = {"sqlite": "PRAGMA synchronous=OFF", "postgresql": "SET synchronous_commit = off"}[dialect]
+
+    def set_it(connection: Any, _record: Any) -> None:
+        cursor = connection.cursor()
+        cursor.execute(statement)
+        cursor.close()
+        connection.commit()
+
+    return set_it
 
 
 def _lock_postgresql(connection: Any, _record: Any) -> None:

@@ -78,13 +78,15 @@ class Ledger:
         result_retention: float = retention.RESULT_RETENTION,
         unretrieved_retention: float = retention.UNRETRIEVED_RETENTION,
         clock: Callable[[], float] = time.time,
+        sync_to_disk: bool = True,
     ) -> Ledger:
         """Open, or make, the ledger in a data directory. `url` is SQLAlchemy's, by default SQLite in that directory.
+        Without `sync_to_disk` a power cut may lose what was acknowledged.
 
         Raises `DataDirInUse` or `DatabaseInUse` if another process has it open, `WrongVersion` if a newer server wrote
         it and `UnusableDatabase` if it cannot be opened.
         """
-        opened = await asyncio.to_thread(_open, data_dir, url)
+        opened = await asyncio.to_thread(_open, data_dir, url, sync_to_disk)
         return cls(*opened, result_retention, unretrieved_retention, clock)
 
     def __init__(
@@ -516,16 +518,18 @@ def _forget(times: dict[str, float], written: dict[str, float]) -> None:
             del times[key]
 
 
-def _open(data_dir: Path, url: str | None) -> tuple[DataDirLock, Engine, Engine, segments.SegmentWriter, int]:
+def _open(
+    data_dir: Path, url: str | None, sync_to_disk: bool
+) -> tuple[DataDirLock, Engine, Engine, segments.SegmentWriter, int]:
     data_dir.mkdir(parents=True, exist_ok=True)
     lock = DataDirLock(data_dir)
     try:
         address = database.address_in(data_dir, url)
         with database.opening(address):
-            writing = database.connect_writer(address)
+            writing = database.connect_writer(address, sync_to_disk)
             database.migrate(writing)
             reading = database.connect(address, READERS)
-            segment_writer = segments.SegmentWriter(data_dir / "segments")
+            segment_writer = segments.SegmentWriter(data_dir / "segments", sync_to_disk=sync_to_disk)
             with reading.connect() as connection:
                 last_completion = entries.highest_completion(connection)
     except BaseException:

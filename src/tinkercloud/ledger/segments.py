@@ -61,10 +61,11 @@ def read(folder: Path, blob: Blob) -> bytes:
 class SegmentWriter:
     """Appends blobs to the newest segment; one thread at a time. `folder` holds the files."""
 
-    def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES, sync_to_disk: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._segment_bytes = segment_bytes
+        self._sync_to_disk = sync_to_disk
         self._dirty = False
         self._file: int | None = None
         self._open(max((int(file.stem) for file in folder.glob(f"*{_SUFFIX}")), default=1))
@@ -103,9 +104,9 @@ class SegmentWriter:
 
     def sync(self) -> None:
         """Return when every appended blob is on disk."""
-        if self._dirty:
+        if self._dirty and self._sync_to_disk:
             _sync_data(self._file)
-            self._dirty = False
+        self._dirty = False
 
     def position(self) -> tuple[int, int]:
         """(segment, end), to `rewind` to."""
