@@ -1,5 +1,6 @@
 # make demo    a server, a training loop and the text before and after
 # make test    the whole test suite, as CI runs it
+# make chaos   engines and servers killed at random moments and at each write of a training run, for half an hour
 # make fuzz    random requests: FUZZ_SCALE times as many as the suite sends, and each time others
 # make bench   speed and memory, beside torch + PEFT by hand
 # Each makes the virtual environments that it needs, once; constraints*.txt say what is in them.
@@ -12,13 +13,13 @@ export OMP_WAIT_POLICY := passive
 
 ENVIRONMENTS := .venv .venv-clients .venv-quickstart .venv-sdk-0.34 .venv-sdk-0.22
 
-.PHONY: demo test fuzz bench lint docs environments postgresql constraints clean
+.PHONY: demo test chaos fuzz bench lint docs environments packages constraints clean
 
 demo: .venv/.made
 	@$(BIN)/tinkercloud demo
 
 test:
-	@$(MAKE) --no-print-directory postgresql
+	@$(MAKE) --no-print-directory packages
 	@$(MAKE) --no-print-directory -j2 environments
 	@$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
@@ -26,6 +27,12 @@ test:
 FUZZ_SCALE ?= 50
 fuzz: .venv/.made
 	FUZZ_SCALE=$(FUZZ_SCALE) $(BIN)/python -m pytest $(sort $(shell find tests -name 'test_*fuzz.py'))
+
+# The suite has small versions of both. CHAOS_KILLS=20 is quicker, and CHAOS_OPTIONS=--postgresql is another database.
+CHAOS_KILLS ?= 100
+chaos: .venv/.made packages
+	$(BIN)/python -m tests.chaos kills --kills $(CHAOS_KILLS) $(CHAOS_OPTIONS)
+	$(BIN)/python -m tests.chaos faults
 
 bench: .venv/.made
 	@$(BIN)/python -m bench
@@ -39,14 +46,18 @@ docs: .venv/.made
 
 environments: $(ENVIRONMENTS:%=%/.made)
 
-# The tests start a server of their own with it, as an unprivileged user. Debian keeps the programs out of the PATH.
-postgresql:
-	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { \
+# What the tests start beside the server: PostgreSQL, as an unprivileged user, and strace. Debian keeps the programs of
+# the first out of the PATH.
+packages:
+	@{ ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null; } \
+		&& command -v strace >/dev/null || { \
 		test "$$(id -u)" = 0 && command -v apt-get >/dev/null || { \
-			echo "The tests need PostgreSQL. Install it (on Debian: sudo apt-get install postgresql) and run make again." >&2; \
+			echo "The tests need PostgreSQL and strace. Install them (on Debian: sudo apt-get install postgresql strace)" \
+				"and run make again." >&2; \
 			exit 1; }; \
-		echo "Installing PostgreSQL, which the tests need ..."; \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends postgresql >/dev/null; }
+		echo "Installing PostgreSQL and strace, which the tests need ..."; \
+		apt-get update -qq \
+			&& DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends postgresql strace >/dev/null; }
 
 # After a change of the dependencies in pyproject.toml: what a clean install gives today.
 constraints:

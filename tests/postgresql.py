@@ -16,9 +16,9 @@ from tests.serving import free_port
 USER = "postgres" if os.geteuid() == 0 else None
 """Whom the server runs as; PostgreSQL refuses root. Debian's package makes this user."""
 
-HOW_TO_INSTALL = "PostgreSQL is needed by the tests: `make postgresql`, or on Debian `sudo apt-get install postgresql`"
+HOW_TO_INSTALL = "PostgreSQL is needed by the tests: `make packages`, or on Debian `sudo apt-get install postgresql`"
 
-FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
+FAST = ("fsync=off", "full_page_writes=off")
 """The machine's crash would cost tests nothing."""
 
 
