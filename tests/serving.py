@@ -73,7 +73,7 @@ class Server:
         import psutil
 
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child.pid for child in children if "tinkercloud engine" in child.cmdline()[0]]
+        return [child.pid for child in children if "tinkercloud engine" in " ".join(child.cmdline())]
 
     def __enter__(self) -> Server:
         return self.start()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import tinker
 from safetensors.numpy import load_file
 from tinker import types
@@ -157,7 +158,10 @@ def _strike(server: Server, sampler: tinker.SamplingClient, dice: random.Random)
 
     What has ended two engines is given up by design, so no engine is killed twice before something was answered.
     """
-    what = dice.choice(["engine", "server", "both"])
+    what = dice.choice(["engine", "children", "server", "both"])
+    if what == "children":  # the process from which engines are forked, too
+        for child in psutil.Process(server.process.pid).children(recursive=True):
+            child.kill()
     if what in ("engine", "both"):
         for pid in server.engine_pids():
             os.kill(pid, signal.SIGKILL)
