@@ -27,8 +27,9 @@ from tinkercloud.engine.torch.state_cache import StateCache
 PREFILL_CHUNK = 256
 """Tokens of one sequence that are prefilled in one step, up to the next multiple of it."""
 
-PREFILL_BUDGET = 1024
-"""Tokens prefilled in one step, all sequences together: bounds how long a new prompt delays running sequences."""
+PREFILL_BUDGET = 512
+"""Tokens prefilled in one step, all sequences together: bounds how long a new prompt delays running sequences. On a CPU
+more is no faster, and less is slower (docs/performance.md)."""
 
 WORTH_WAITING = 64
 """Tokens that a sequence need not compute if it waits for another one: from so many on it waits, and from half of what

@@ -28,7 +28,7 @@ from tinkercloud.engine.torch.state_cache import StateCache
 
 TILE = 32
 """Tokens in a tile, whole pages. Small ones waste little on prompts of which few rows are new, large ones take fewer
-calls."""
+calls: docs/performance.md has the figures."""
 
 GATHERED_TOKENS = 32768
 """Keys that tiles attended together have at most, of all their sequences: bounds the memory for copies of them."""
