@@ -237,7 +237,7 @@ def test_downtime_is_no_silence(serving, run, tmp_path):
     run(story)
 
 
-LONG = tuple(datum(*(i % 500 for i in range(start, start + 550))) for start in range(16))
+LONG = tuple(datum(*(i % 500 for i in range(start, start + 550))) for start in range(34))
 """A batch whose results are too large for a small blob."""
 
 

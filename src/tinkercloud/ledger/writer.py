@@ -25,7 +25,7 @@ from tinkercloud.errors import Unavailable
 from tinkercloud.ledger import schema
 from tinkercloud.ledger.segments import Blob, SegmentWriter
 
-SMALL_BYTES = 64 * 2**10
+SMALL_BYTES = 128 * 2**10
 """Blobs up to this size go into SQL, so that their write waits for one file to reach the disk and not for two."""
 
 MAX_BATCH_WRITES = 1024
