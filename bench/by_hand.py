@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -31,6 +30,7 @@ class ByHand:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
+        self._models: list[nn.Module] = []
         self._model = get_peft_model(self._base(), CONFIG).train()
         self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
@@ -40,11 +40,12 @@ class ByHand:
     def _base(self) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32, attn_implementation="sdpa")
 
-    @cached_property
-    def _merged(self) -> nn.Module:
-        """Generation needs no adapter beside the weights: merged is how it is fastest. (The tied embedding is merged
-        too, but B is zero.)"""
-        return get_peft_model(self._base(), CONFIG).merge_and_unload().eval()
+    def _merged(self, adapter: int) -> nn.Module:
+        """Generation needs no adapter beside the weights: merged is how it is fastest, with a model for each adapter.
+        (The tied embedding is merged too, but B is zero.)"""
+        while len(self._models) <= adapter:
+            self._models.append(get_peft_model(self._base(), CONFIG).merge_and_unload().eval())
+        return self._models[adapter]
 
     # ------------------------------------------------------------ training
 
@@ -94,10 +95,14 @@ class ByHand:
     # ------------------------------------------------------------ sampling
 
     @torch.inference_mode()
-    def generate(self, rows: int, tokens: int, new_tokens: int, cache: str) -> None:
-        """`new_tokens` more for each of `rows` prompts of `tokens` tokens, drawn at temperature 1, EOS ignored."""
-        prompts = torch.from_numpy(token_rows(rows, tokens))
-        drawn = self._merged.generate(
+    def generate(self, rows: int, tokens: int, new_tokens: int, cache: str, adapters: int = 1) -> None:
+        """`new_tokens` more for each of `rows` prompts of `tokens` tokens, drawn at temperature 1, EOS ignored; the
+        prompts shared out among the adapters, one of which runs after the other."""
+        for adapter, prompts in enumerate(torch.from_numpy(token_rows(rows, tokens)).chunk(adapters)):
+            self._generate(self._merged(adapter), prompts, new_tokens, cache)
+
+    def _generate(self, model: nn.Module, prompts: Tensor, new_tokens: int, cache: str) -> None:
+        drawn = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             do_sample=True,
@@ -108,7 +113,7 @@ class ByHand:
             cache_implementation=cache,
             disable_compile=True,
         )
-        assert drawn.shape == (rows, tokens + new_tokens)
+        assert drawn.shape == (len(prompts), prompts.shape[1] + new_tokens)
 
 
 def _loss(logits: Tensor, targets: Tensor, weights: Tensor, form: str) -> Tensor:

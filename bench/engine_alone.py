@@ -51,8 +51,9 @@ class EngineAlone:
         self._tenants: set[str] = set()
         self._seeds = itertools.count()
         self._train(CreateModel("run", LORA))
-        self._train(SaveWeights("run", f"{folder}-adapter", replace=True))
-        self._sampler.open(OpenSampler("sampler", f"{folder}-adapter"))
+        self._adapter, self._samplers = f"{folder}-adapter", ["sampler"]
+        self._train(SaveWeights("run", self._adapter, replace=True))
+        self._sampler.open(OpenSampler("sampler", self._adapter))
 
     def forward_backward(self, kind: str, **shape: int) -> None:
         """Gradients of a batch of `bench.data`, added to those before."""
@@ -72,11 +73,16 @@ class EngineAlone:
                 self._tenants.add(name)
         self._train(*(_gradients(name, uniform(rows, tokens, seed)) for seed, name in enumerate(names)))
 
-    def generate(self, rows: int, tokens: int, new_tokens: int) -> None:
-        """`new_tokens` more for each of `rows` prompts that are new to the sampler, all submitted at once."""
+    def generate(self, rows: int, tokens: int, new_tokens: int, adapters: int = 1) -> None:
+        """`new_tokens` more for each of `rows` prompts that are new to the sampler, all submitted at once, to so many samplers in turn."""
+        while len(self._samplers) < adapters:
+            self._samplers.append(f"sampler-{len(self._samplers)}")
+            self._sampler.open(OpenSampler(self._samplers[-1], self._adapter))
         params = SamplingParams(max_tokens=new_tokens, seed=0)
         for number, prompt in enumerate(token_rows(rows, tokens, next(self._seeds))):
-            self._sampler.submit(Sample(f"{number}", "sampler", prompt.astype(np.int32), params))
+            self._sampler.submit(
+                Sample(f"{number}", self._samplers[number % adapters], prompt.astype(np.int32), params)
+            )
         while self._sampler.busy:
             for _, result in self._sampler.step():
                 _check(result)

@@ -37,6 +37,7 @@ class Stage:
         self._gemm_rate = 0.0
         self._tenants: list[tinker.TrainingClient] = []
         self._seeds = itertools.count(1)
+        self._samplers: list[tinker.SamplingClient] = []
 
     @cached_property
     def model_folder(self) -> Path:
@@ -116,6 +117,13 @@ class Stage:
     def sampler(self) -> tinker.SamplingClient:
         """The adapter's weights as they are when this is first asked for."""
         return self.training.save_weights_and_get_sampling_client().result()
+
+    def samplers(self, count: int) -> list[tinker.SamplingClient]:
+        """Of `count` adapters, `sampler`'s the first."""
+        while len(self._samplers) < count - 1:
+            run = self.tenants(len(self._samplers) + 1)[-1]
+            self._samplers.append(run.save_weights_and_get_sampling_client().result())
+        return [self.sampler, *self._samplers[: count - 1]]
 
 
 def seconds(work: Callable[[], Any]) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from tinkercloud.engine.torch.kernels.draws import drawn
 from tinkercloud.engine.torch.kernels.lora import add_low_rank
 from tinkercloud.engine.torch.kernels.paged import attended, write
+from tinkercloud.engine.torch.kernels.products import few_rows_product
 from tinkercloud.engine.torch.kernels.rows import gated, rms_norm, rotated
 from tinkercloud.engine.torch.sampling import _drawn
 
@@ -117,3 +118,13 @@ def test_drawn(vocab, form):
     alone = logits[1:2].clone()
     token, _ = form(alone, temperatures[1:2], uniforms[1:2])
     assert token == tokens[1] and torch.equal(alone[0], own[1])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("columns", [1, 4, 30])
+def test_product(width, columns):
+    x, weight = numbers(39, width), numbers(columns, width)
+    got = few_rows_product(x, weight)
+    assert_near(got, x.double() @ weight.double().t())
+    for rows in (slice(0, 1), slice(2, 39), slice(32, 37)):
+        assert torch.equal(few_rows_product(x[rows], weight), got[rows])

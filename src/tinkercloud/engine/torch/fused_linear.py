@@ -11,10 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from tinkercloud.engine.torch.kernels.compiled import have_kernels
-from tinkercloud.engine.torch.lora import LoraBatch, LoraLinear, add_products, add_sampled
+from tinkercloud.engine.torch.lora import LoraBatch, LoraLinear, add_products, add_sampled, frozen_product
 from tinkercloud.engine.torch.products import add_product, product
 
 Inner = Sequence[Tensor | None]
@@ -43,11 +42,14 @@ class FusedLinear:
 
     def __call__(self, x: Tensor, lora: LoraBatch) -> tuple[Tensor, Inner]:
         """The output, and what `backward` wants to know."""
-        output = linear(x, self._weight, self._bias)
+        output = frozen_product(x, self._weight, self._bias, lora)
         return output, self._add_lora(x, lora, output)
 
     def added_to(self, residual: Tensor, x: Tensor, lora: LoraBatch) -> tuple[Tensor, Inner]:
         """residual [T, out] + the output of x."""
+        if lora.is_sampled:
+            output = frozen_product(x, self._weight, self._bias, lora).add_(residual)
+            return output, self._add_lora(x, lora, output)
         output = torch.addmm(residual, x, self._weight_t)
         if self._bias is not None:
             output += self._bias

@@ -20,6 +20,7 @@ from torch.nn.functional import linear
 
 from tinkercloud.engine.torch.kernels.compiled import have_kernels
 from tinkercloud.engine.torch.kernels.lora import add_low_rank
+from tinkercloud.engine.torch.kernels.products import few_rows_product, have_products
 from tinkercloud.engine.torch.products import add_product, product
 
 Pair = tuple[Tensor, Tensor]
@@ -110,10 +111,14 @@ class Segment(NamedTuple):
 class LoraBatch(tuple[Segment, ...]):
     """The segments of a batch, in row order and without overlap. Rows that none covers see the base model only."""
 
-    @property
-    def is_sampled(self) -> bool:
-        """Whether it is a sampler's, whose rows belong to no datum."""
-        return bool(self) and not self[0].datums
+    is_sampled = False
+    """Whether it is of a `SampledLora`."""
+
+
+class SampledLora(LoraBatch):
+    """Those of a sampling step: of many adapters with few rows each, whose products have kernels of their own."""
+
+    is_sampled = True
 
 
 BASE_ONLY = LoraBatch()
@@ -155,15 +160,15 @@ class LoraLinear(nn.Module):
         if torch.is_grad_enabled():
             return _LoraProduct.apply(x, self.current.anchor, self, batch)
         output = self.frozen_output(x)
-        if self.group == self.index and batch.is_sampled and have_kernels(x):
-            add_sampled(self.group, batch, x, output)
+        if batch.is_sampled and have_kernels(x) and self.group == self.index:
+            add_sampled(self.group, batch, x.reshape(-1, self.in_features), output.view(-1, self.out_features))
             return output
         add_lora(self.index, batch, x.reshape(-1, self.in_features), output.view(-1, self.out_features))
         return output
 
     def frozen_output(self, x: Tensor) -> Tensor:
         """The base model's own part, [..., out] of x [..., in]. Whoever overrides it overrides its gradient too."""
-        return linear(x, self.weight, self.bias)
+        return frozen_product(x, self.weight, self.bias, self.current.batch)
 
     def frozen_input_gradient(self, d_output: Tensor) -> Tensor:
         """Its input's gradient [rows, in], of the output's [rows, out]."""
@@ -184,6 +189,14 @@ def add_lora(index: int, batch: LoraBatch, x: Tensor, output: Tensor) -> list[Te
         add_product(output[rows], low, b.t(), segment.weights.scale)
         inner.append(low)
     return inner
+
+
+def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, batch: LoraBatch) -> Tensor:
+    """x W^T + bias, [..., out] of x [..., in], in a pass of this batch."""
+    if not (batch.is_sampled and have_products(x)):
+        return linear(x, weight, bias)
+    output = few_rows_product(x.reshape(-1, x.shape[-1]).contiguous(), weight)
+    return (output if bias is None else output.add_(bias)).view(*x.shape[:-1], len(weight))
 
 
 def add_sampled(group: int, batch: LoraBatch, x: Tensor, output: Tensor) -> None:

@@ -16,7 +16,7 @@ from tinkercloud.engine.torch.checkpoints import read_adapter
 from tinkercloud.engine.torch.decode_window import CacheRows, DecodeWindows
 from tinkercloud.engine.torch.kernels.compiled import kernels_for
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, pages_for
-from tinkercloud.engine.torch.lora import AdapterWeights, LoraBatch, Segment
+from tinkercloud.engine.torch.lora import AdapterWeights, LoraBatch, SampledLora, Segment
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.paged_attention import PagedAttention
 from tinkercloud.engine.torch.prompt_scoring import check_scoring
@@ -330,7 +330,7 @@ def _segments(rows: Iterator[tuple[OpenedSampler, int]] | list[tuple[OpenedSampl
         if sampler.adapter is not None:
             segments.append(Segment(sampler.adapter, start, end))
         start = end
-    return LoraBatch(segments)
+    return SampledLora(segments)
 
 
 def _cache_for(model: BaseModel, layers: Mapping[int, LayerShape], room: int, kv_cache_bytes: int) -> KVCache:

@@ -1,12 +1,21 @@
-"""How kernels are compiled: once for each processor, and kept beside the sources or in the user's cache folder."""
+"""How kernels are compiled: once for each processor, and kept beside the sources or in the user's cache folder.
+
+A `kernel` runs on the thread that calls it. A `shared` one is a task that torch's own OpenMP threads take the parts of,
+as many as torch would use: which thread computes what is left to chance, so a part must be the same on any.
+"""
 
 from __future__ import annotations
 
+import ctypes
+from array import array
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from numba import njit
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.extending import intrinsic
 from torch import Tensor
 
 
@@ -14,16 +23,56 @@ def kernel(signature: str) -> Callable[[Callable[..., None]], Any]:
     """Compile a function of addresses (int64) and numbers. Nothing checks what it is given: call it from a function of
     tensors beside it."""
 
-    def compiled(function: Callable[..., None]) -> Any:
-        options: dict[str, Any] = {"error_model": "numpy", "nogil": True}
-        try:
-            return njit(signature, cache=True, **options)(function)
-        except RuntimeError as error:
-            if "no locator available" not in str(error):
-                raise
-            return njit(signature, **options)(function)  # nowhere to keep it: seconds of each start
+    return lambda function: _kept(njit, function, signature, error_model="numpy", nogil=True)
 
-    return compiled
+
+def shared(task: Callable[..., None]) -> Callable[..., None]:
+    """Compile a task to be called with numbers (int64): it is given where they lie, behind a counter of the parts that
+    are taken (`next_part`), and takes parts until there are none."""
+    compiled = _kept(cfunc, task, "void(int64)", error_model="numpy")
+
+    def run(*numbers: int) -> None:
+        data = array("q", (0, *numbers))
+        threads = torch.get_num_threads()
+        if threads == 1 or _OPENMP is None:
+            compiled.ctypes(data.buffer_info()[0])
+        else:
+            _OPENMP(compiled.address, data.buffer_info()[0], threads, 0)
+
+    return run
+
+
+@intrinsic
+def next_part(context: Any, data: Any) -> Any:
+    """The number of a part that nobody has taken, counted from 0."""
+
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(data), emit
+
+
+def _kept(compiler: Callable[..., Any], function: Callable[..., None], signature: str, **options: Any) -> Any:
+    try:
+        return compiler(signature, cache=True, **options)(function)
+    except RuntimeError as error:
+        if "no locator available" not in str(error):
+            raise
+        return compiler(signature, **options)(function)  # nowhere to keep it: seconds of each start
+
+
+def _openmp() -> Any:
+    """GOMP_parallel(function, data, threads, flags) of torch's own runtime, None if that is of another kind."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        function = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
+        return None
+    function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return function
+
+
+_OPENMP = _openmp()
 
 
 def kernels_for(dtype: torch.dtype, device: torch.device) -> bool:

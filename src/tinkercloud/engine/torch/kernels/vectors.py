@@ -108,6 +108,29 @@ def total(context, vector):
 
 
 @intrinsic
+def store_totals(context, pointer, index, a, b, c, d):
+    """Write the sums of four vectors from an index on, each added up as `total` does."""
+
+    def emit(context, builder, signature, args):
+        pointer, index, a, b, c, d = args
+
+        def halves(left: ir.Value, right: ir.Value, size: int) -> ir.Value:
+            """Of each `2 * size` lanes the first half plus the second, of `left` and then of `right`."""
+            firsts = [lane for lane in range(2 * LANES) if lane // size % 2 == 0]
+            chosen = (ir.Constant(_INTS, [lane + by for lane in firsts]) for by in (0, size))
+            return builder.fadd(*(builder.shuffle_vector(left, right, lanes) for lanes in chosen))
+
+        pairs = halves(halves(a, b, 8), halves(c, d, 8), 4)
+        pairs = halves(halves(pairs, pairs, 2), pairs, 1)
+        first = ir.Constant(ir.VectorType(ir.IntType(32), 4), list(range(4)))
+        place = builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(_FLOAT, 4).as_pointer())
+        builder.store(builder.shuffle_vector(pairs, pairs, first), place).align = 4
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, VECTOR, VECTOR, VECTOR, VECTOR), emit
+
+
+@intrinsic
 def largest(context, vector):
     """The largest of a vector's lanes; of none that is NaN, if there are others."""
 
