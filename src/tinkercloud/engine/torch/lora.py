@@ -195,17 +195,24 @@ def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, batch: LoraBa
     """x W^T + bias, [..., out] of x [..., in], in a pass of this batch."""
     if not (batch.is_sampled and have_products(x)):
         return linear(x, weight, bias)
-    output = few_rows_product(x.reshape(-1, x.shape[-1]).contiguous(), weight)
-    return (output if bias is None else output.add_(bias)).view(*x.shape[:-1], len(weight))
+    rows = x if x.ndim == 2 else x.flatten(0, -2)
+    output = few_rows_product(rows.contiguous(), weight)
+    if bias is not None:
+        output += bias
+    return output if x.ndim == 2 else output.view(*x.shape[:-1], -1)
 
 
 def add_sampled(group: int, batch: LoraBatch, x: Tensor, output: Tensor) -> None:
     """Add each segment's part of a group's product to `output` [rows, out] in place, of x [rows, in], where there are
     kernels: of many adapters with few rows each, calls cost more than what they compute."""
+    rows = x.shape[0]
     for weights, start, end, _, _ in batch:
         stack = weights.pairs.stacks.get(group)
-        if stack is not None:
-            add_low_rank(x[start:end], stack.a, stack.places, weights.scale, output[start:end])
+        if stack is None:
+            continue
+        whole = end - start == rows
+        own, out = (x, output) if whole else (x[start:end], output[start:end])
+        add_low_rank(own, stack.a, stack.places, weights.scale, out)
 
 
 def inner_products(index: int, batch: LoraBatch, x: Tensor) -> list[Tensor | None]:

@@ -32,7 +32,7 @@ def add_low_rank(x: Tensor, a: Tensor, places: Tensor, scale: float, output: Ten
     low = torch.empty(rows, ranks)
     _add_low_rank(
         x.data_ptr(), a.data_ptr(), places.data_ptr(), low.data_ptr(), output.data_ptr(), rows, width, ranks,
-        len(places), output.shape[1], scale,
+        places.shape[0], output.shape[1], scale,
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def write(memory: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
     key, value = _rows_of_heads(key), _rows_of_heads(value)
     _write(
         memory.data_ptr(), slots.data_ptr(), key.data_ptr(), key.stride(0), value.data_ptr(), value.stride(0),
-        len(key), heads, key_dim, value_dim,
+        key.shape[0], heads, key_dim, value_dim,
     )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def attended(
     page_tokens, kv_heads, value_dim = memory.shape[1], memory.shape[2], memory.shape[3] - key_dim
     scores = torch.empty(heads // kv_heads, tables.shape[1] * page_tokens + LANES)
     _attend(
-        query.data_ptr(), query.stride(0), memory.data_ptr(), rows.data_ptr(), len(rows), tables.data_ptr(),
+        query.data_ptr(), query.stride(0), memory.data_ptr(), rows.data_ptr(), rows.shape[0], tables.data_ptr(),
         tables.shape[1], page_tokens, positions.data_ptr(), output.data_ptr(), heads, kv_heads, key_dim, value_dim,
         scores.data_ptr(), scores.shape[1], scaling, sliding_window or 0, softcap or 0.0,
         0 if sinks is None else sinks.data_ptr(),
