@@ -74,7 +74,8 @@ class EngineAlone:
         self._train(*(_gradients(name, uniform(rows, tokens, seed)) for seed, name in enumerate(names)))
 
     def generate(self, rows: int, tokens: int, new_tokens: int, adapters: int = 1) -> None:
-        """`new_tokens` more for each of `rows` prompts that are new to the sampler, all submitted at once, to so many samplers in turn."""
+        """`new_tokens` more for each of `rows` prompts that are new to the sampler, all submitted at once, to so many
+        samplers in turn."""
         while len(self._samplers) < adapters:
             self._samplers.append(f"sampler-{len(self._samplers)}")
             self._sampler.open(OpenSampler(self._samplers[-1], self._adapter))

@@ -22,9 +22,10 @@ def _sampling(shape: Shape, adapters: int, goal: float) -> Measurement:
         import tinker
 
         params = tinker.SamplingParams(max_tokens=NEW_TOKENS, temperature=1.0, stop=[])
-        questions, samplers = prompts(ROWS, PROMPT_TOKENS), stage.samplers(adapters)
+        samplers = stage.samplers(adapters)
 
         def sample() -> None:
+            questions = stage.new_prompts(ROWS, PROMPT_TOKENS)
             futures = [
                 samplers[number % adapters].sample(question, 1, params) for number, question in enumerate(questions)
             ]
