@@ -50,18 +50,30 @@ async def save_weights(request: Request, service: ServiceOf, owner: Owner) -> di
     dependencies=[Depends(Event("checkpoint_create"))],
 )
 async def save_weights_for_sampler(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
-    """Save weights to sample from: as a checkpoint by `path`, or as a sampling session by `sampling_session_seq_id`."""
+    """Save weights to sample from: as a checkpoint by `path`, or as a sampling session by `sampling_session_seq_id`.
+
+    A sampling session of `kind` `snapshot` keeps these weights. Those of kind `inflight` share one set for each training
+    run: a save gives the new weights to all of them, and a running sequence goes on with them after the keys and values
+    that it has.
+    """
     raw = await read_operation(request, service, owner, "save_weights_for_sampler")
     address = as_request(wire.Address, raw)
     model = await service.runs.live(address.model_id, owner)
     async with recorded(service, model, address.seq_id, "save_weights_for_sampler"):
         given = as_request(wire.SaveWeightsForSampler, raw)
-        if given.kind != "snapshot":
-            raise InvalidRequest(f"kind {given.kind!r:.80} is not served; use 'snapshot', which keeps its weights")
+        if given.kind not in ("snapshot", "inflight"):
+            raise InvalidRequest(
+                f"there is no kind {given.kind!r:.80}; use 'snapshot', which keeps its weights, or 'inflight', which "
+                "goes on with those that are saved later"
+            )
+        if given.kind == "inflight" and given.sampling_session_seq_id is None:
+            raise InvalidRequest("kind 'inflight' makes a sampling session: send sampling_session_seq_id, and no path")
         check_name(given.path, given.ttl_seconds)
         if given.sampling_session_seq_id is not None and given.path is None:
             leave_out(request)  # one for each step of a reinforcement learning loop
-            entry = await service.runs.save_ephemeral_sampler(model, given.seq_id, given.sampling_session_seq_id)
+            entry = await service.runs.save_ephemeral_sampler(
+                model, given.seq_id, given.sampling_session_seq_id, inflight=given.kind == "inflight"
+            )
         elif given.sampling_session_seq_id is None:
             await service.quotas.storage(caller_of(request).key)
             entry = await service.runs.save_weights(

@@ -15,6 +15,7 @@ from tinkercloud.config import ModelSettings, Settings, sentences
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.conductor import Conductor, Unfinished
 from tinkercloud.control.engines import KeptEngine, OnProgress
+from tinkercloud.control.inflight import InflightWeights
 from tinkercloud.control.model_memory import ModelMemory
 from tinkercloud.control.run_end import RunEnd, finished
 from tinkercloud.control.sampler_desk import SamplerDesk
@@ -40,12 +41,19 @@ class BaseModels:
     """All base models of a server, by the names that clients use."""
 
     def __init__(
-        self, settings: Settings, ledger: Ledger, arrivals: Arrivals, storage: Storage, on_progress: OnProgress
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        arrivals: Arrivals,
+        storage: Storage,
+        inflight: InflightWeights,
+        on_progress: OnProgress,
     ):
         self._settings = settings
         self._ledger = ledger
         self._arrivals = arrivals
         self._storage = storage
+        self._inflight = inflight
         self._run_end = RunEnd(ledger, arrivals, storage)
         self._on_progress = on_progress
         self._memory = ModelMemory(settings.data_dir)
@@ -138,8 +146,8 @@ class BaseModels:
             idle_seconds=self._settings.for_model(model, "idle_seconds"),
             on_progress=self._on_progress,
         )
-        conductor = Conductor(engine, self._ledger, self._arrivals, self._storage, self._run_end, self._settings)
-        desk = SamplerDesk(engine, self._ledger, self._arrivals, self._settings)
+        desk = SamplerDesk(engine, self._ledger, self._arrivals, self._storage, self._inflight, self._settings)
+        conductor = Conductor(engine, self._ledger, self._arrivals, self._storage, self._run_end, desk, self._settings)
         self._served[model.name] = Served(model, engine, conductor, desk)
         if not model.lazy:
             engine.start()

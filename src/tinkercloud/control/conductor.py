@@ -23,6 +23,7 @@ from tinkercloud.control.gathering import Gathering
 from tinkercloud.control.metering import tokens_of
 from tinkercloud.control.outcomes import SamplerDetails, SaveDetails, conclude, details_of
 from tinkercloud.control.run_end import RunEnd, finished, unloaded
+from tinkercloud.control.sampler_desk import SamplerDesk
 from tinkercloud.control.storage import Storage
 from tinkercloud.control.suspects import MAX_DEATHS, RETRY_SECONDS
 from tinkercloud.control.training_run import ReplayError, TrainingRun
@@ -66,9 +67,17 @@ class Conductor:
     """
 
     def __init__(
-        self, engine: KeptEngine, ledger: Ledger, arrivals: Arrivals, storage: Storage, end: RunEnd, settings: Settings
+        self,
+        engine: KeptEngine,
+        ledger: Ledger,
+        arrivals: Arrivals,
+        storage: Storage,
+        end: RunEnd,
+        desk: SamplerDesk,
+        settings: Settings,
     ):
         self._engine = engine
+        self._desk = desk
         self._ledger = ledger
         self._arrivals = arrivals
         self._storage = storage
@@ -374,6 +383,10 @@ class Conductor:
         )
         run.ended(ended)
         self._deaths.pop(entry.request_id, None)
+        for record in records:
+            if isinstance(record, SamplerRecord) and record.follows is not None:
+                self._desk.publish(record, replaced)
+                replaced = []
         for folder in replaced:
             await self._storage.free(folder)
         self._arrivals.announce(entry.request_id)
@@ -383,11 +396,18 @@ class Conductor:
             await self._run_end.end(run.model_id, unloaded(run.model_id))
 
     async def _replaced(self, records: list[CatalogRecord]) -> list[str]:
-        """The folders of the checkpoints in whose place these records are stored."""
-        checkpoints = [record for record in records if isinstance(record, CheckpointRecord)]
-        before = [await self._ledger.get(CheckpointRecord, checkpoint.path) for checkpoint in checkpoints]
-        # A save that runs again after a crash has the folder that its record may name already.
-        return [old.folder for old, new in zip(before, checkpoints, strict=True) if old and old.folder != new.folder]
+        """The folders of the checkpoints and inflight weights in whose place these records are stored."""
+        replaced: list[str] = []
+        for new in records:
+            old: CheckpointRecord | SamplerRecord | None = None
+            if isinstance(new, CheckpointRecord):
+                old = await self._ledger.get(CheckpointRecord, new.path)
+            elif isinstance(new, SamplerRecord) and new.follows is not None:
+                old = await self._desk.inflight.newest(new.follows)
+            # A save that runs again after a crash has the folder that its record may name already.
+            if old is not None and old.folder != new.folder:
+                replaced.append(old.folder)
+        return replaced
 
     async def _begin_again(self) -> None:
         """After a cycle that failed, take what the ledger holds as ended for ended; the rest runs again."""

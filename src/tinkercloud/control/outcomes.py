@@ -39,6 +39,8 @@ class SamplerDetails(Struct, frozen=True, tag=True):
     """What an entry that makes an ephemeral sampler remembers."""
 
     sampler_id: str
+    inflight: bool = False
+    """Whether it shares the run's newest weights, instead of keeping its own."""
 
 
 class LoadDetails(Struct, frozen=True, tag=True):
@@ -96,6 +98,8 @@ def conclude(entry: Entry, model: ModelRecord, result: Result) -> tuple[Outcome,
                 model_path=None,
                 folder=sampler_folder(details.sampler_id),
                 created_at=now,
+                follows=model.model_id if details.inflight else None,
+                version=entry.seq_id,
             )
             return SamplerSaved(sampling_session_id=details.sampler_id), [sampler]
         case "load_weights", LoadOutput(), LoadDetails() as details:

@@ -224,12 +224,13 @@ class TrainingRuns:
         return await self._append(model, seq_id, SAVES[kind], draft)
 
     async def save_ephemeral_sampler(
-        self, model: ModelRecord, seq_id: int | None, sampling_session_seq_id: int
+        self, model: ModelRecord, seq_id: int | None, sampling_session_seq_id: int, *, inflight: bool = False
     ) -> Entry:
-        """Append the making of a sampler from the model's weights at this point of its log."""
+        """Append the making of a sampler from the model's weights at this point of its log. With `inflight` all the
+        model's inflight samplers go on with these weights, and this one with those that are saved later."""
         sampler_id = f"{model.session_id}:sample:{sampling_session_seq_id}"
         save = SaveWeights(model.model_id, sampler_folder(sampler_id), replace=True)
-        details = remember(SamplerDetails(sampler_id))
+        details = remember(SamplerDetails(sampler_id, inflight))
         return await self._append(model, seq_id, "save_weights_for_sampler", save, details=details)
 
     async def load_weights(

@@ -14,8 +14,10 @@ from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import KeptEngine
+from tinkercloud.control.inflight import InflightWeights
 from tinkercloud.control.metering import tokens_of
 from tinkercloud.control.stability import is_recorded
+from tinkercloud.control.storage import Storage
 from tinkercloud.control.suspects import MAX_DEATHS, RETRY_SECONDS, SUSPECTS_TOGETHER
 from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, OpenSampler, Result
 from tinkercloud.errors import Unavailable
@@ -39,10 +41,20 @@ class SamplerDesk:
     run apart, and only one that ends the engine alone is failed.
     """
 
-    def __init__(self, engine: KeptEngine, ledger: Ledger, arrivals: Arrivals, settings: Settings):
+    def __init__(
+        self,
+        engine: KeptEngine,
+        ledger: Ledger,
+        arrivals: Arrivals,
+        storage: Storage,
+        inflight: InflightWeights,
+        settings: Settings,
+    ):
         self._engine = engine
         self._ledger = ledger
         self._arrivals = arrivals
+        self._storage = storage
+        self.inflight = inflight
         self._limit = settings.open_samplers
         self._record_seconds = settings.stability_retention_seconds
         self._opened: OrderedDict[str, asyncio.Future[Result]] = OrderedDict()
@@ -54,6 +66,7 @@ class SamplerDesk:
         self._deaths: Counter[str] = Counter()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
+        self._publishing: set[asyncio.Task[None]] = set()
         self.pending = 0
         """Sequences accepted and not ended."""
 
@@ -102,11 +115,32 @@ class SamplerDesk:
             except EngineDied:
                 return  # gone with the engine
 
+    def publish(self, sampler: SamplerRecord, replaced: list[str]) -> None:
+        """An inflight sampler is in the ledger: from now on its run's samples are of its weights, running ones too as
+        soon as the engine has them. Then the `replaced` folders of the weights before go."""
+        self.inflight.publish(sampler)
+        task = asyncio.create_task(self._publish(sampler, replaced), name=f"publish {sampler.sampler_id}")
+        self._publishing.add(task)
+        task.add_done_callback(self._publishing.discard)
+
+    async def _publish(self, sampler: SamplerRecord, replaced: list[str]) -> None:
+        engine = self._engine.handle
+        try:
+            opened = None if engine is None else await self._open(engine, sampler)
+        except EngineDied:
+            opened = None  # the next one opens the newest weights
+        if isinstance(opened, Failure):  # those before are still good for something
+            log.error("inflight weights of %s cannot be sampled from: %s", sampler.follows, opened.error)
+            return
+        for folder in replaced:
+            await self._storage.remove(folder)
+
     async def stop(self) -> None:
         """Let go of the running samples: they are in the ledger and run again after the next start."""
-        for task in list(self._tasks.values()):
+        tasks = [*self._tasks.values(), *self._publishing]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*list(self._tasks.values()), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _run(self, entry: Entry, sampler: SamplerRecord) -> None:
         try:
@@ -183,14 +217,17 @@ class SamplerDesk:
             self._opened_in = engine
         opening = self._opened.get(sampler.sampler_id)
         if opening is None:
-            operation = encode(OpenSampler(sampler.sampler_id, sampler.folder))
-            opening = self._opened[sampler.sampler_id] = asyncio.ensure_future(engine.ask(operation))
+            opening = self._opened[sampler.sampler_id] = asyncio.ensure_future(self._ask_to_open(engine, sampler))
             await self._close_unused()
         self._opened.move_to_end(sampler.sampler_id)
         result = await asyncio.shield(opening)
         if isinstance(result, Failure):
             self._opened.pop(sampler.sampler_id, None)
         return result
+
+    async def _ask_to_open(self, engine: EngineHandle, sampler: SamplerRecord) -> Result:
+        weights = await self.inflight.of(sampler)  # nothing is awaited from here to the engine: none is newer
+        return await engine.ask(encode(OpenSampler(sampler.sampler_id, weights.folder, sampler.follows or "")))
 
     async def _close_unused(self) -> None:
         for sampler_id in list(self._opened):

@@ -14,6 +14,7 @@ from pathlib import Path
 from tinkercloud.config import Settings
 from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.folders import SAMPLERS
+from tinkercloud.control.inflight import InflightWeights
 from tinkercloud.control.storage import Storage
 from tinkercloud.errors import NotFound
 from tinkercloud.ledger.ledger import Ledger
@@ -35,10 +36,13 @@ class SamplerKeeper:
     A checkpoint's folder goes with the last sampler that was made from it, if the checkpoint itself is gone.
     """
 
-    def __init__(self, ledger: Ledger, models: BaseModels, storage: Storage, settings: Settings):
+    def __init__(
+        self, ledger: Ledger, models: BaseModels, storage: Storage, inflight: InflightWeights, settings: Settings
+    ):
         self._ledger = ledger
         self._models = models
         self._storage = storage
+        self._inflight = inflight
         self._data_dir = Path(settings.data_dir)
         self._retention = settings.sampler_retention_seconds
         self._budget = int(settings.ephemeral_sampler_bytes)
@@ -73,9 +77,10 @@ class SamplerKeeper:
         """Whether it is being removed now."""
         return sampler_id in self._removing
 
-    def check(self, sampler: SamplerRecord) -> None:
+    async def check(self, sampler: SamplerRecord) -> None:
         """NotFound if its weights were removed; the text says why, and what to do."""
-        if _is_ephemeral(sampler) and not (self._data_dir / sampler.folder).is_dir():
+        weights = await self._inflight.of(sampler)
+        if _is_ephemeral(sampler) and not (self._data_dir / weights.folder).is_dir():
             raise NotFound(
                 f"sampler {sampler.sampler_id} is gone: the weights of sampling clients without a name may take "
                 f"{self._budget} bytes together (the setting ephemeral_sampler_bytes), and it was unused for longest. "
@@ -91,7 +96,8 @@ class SamplerKeeper:
         """Its session has finished: free its weights, those of an ephemeral one on disk too. With samples that have not
         ended they stay, and go with the record, after its retention, or at the next start."""
         async with self.changing:
-            if _is_ephemeral(sampler) and await self._is_free(sampler):
+            has_weights = _is_ephemeral(sampler) and (await self._inflight.of(sampler)).sampler_id == sampler.sampler_id
+            if has_weights and await self._is_free(sampler):
                 await self._drop_folder(sampler)
             else:
                 await self.close(sampler)
@@ -130,7 +136,8 @@ class SamplerKeeper:
 
     async def keep_within_budget(self) -> None:
         """Remove ephemeral weights until they fit: the least recently used of sessions that are silent, then those of
-        the others. The newest of a session that is alive stays: its client may be about to use it."""
+        the others. Of a session that is alive the newest stays, since its client may be about to use it, and so do the
+        inflight weights of each run, which there is nothing else in place of."""
         async with self.changing:
             await asyncio.to_thread(self._measure)
             await self._drop_over_budget()
@@ -146,7 +153,7 @@ class SamplerKeeper:
                 continue
             session = await self._ledger.get(SessionRecord, sampler.session_id)
             is_alive = session is not None and session.state == "active"
-            if is_alive and sampler.session_id not in alive:
+            if is_alive and (sampler.follows or sampler.session_id not in alive):
                 alive.add(sampler.session_id)
                 continue
             order.append((is_alive, await self._last_use(sampler), sampler))
@@ -161,13 +168,17 @@ class SamplerKeeper:
     # ------------------------------------------------------------ inside
 
     async def _is_free(self, sampler: SamplerRecord) -> bool:
-        """Whether none of its accepted samples has still to end, nor one is being accepted: true until the caller
-        awaits something else."""
-        if await self._ledger.pending(sampler.sampler_id):  # also of a base model that is not served now
-            return False
-        served = sampler.base_model in self._models
-        runs = served and self._models.get(sampler.base_model).desk.runs(sampler.sampler_id)
-        return not runs and not self._in_use[sampler.sampler_id]
+        """Whether none of the accepted samples of its weights has still to end, nor one is being accepted: true until
+        the caller awaits something else."""
+        sharing = [sampler]
+        if sampler.follows is not None and (await self._inflight.of(sampler)).sampler_id == sampler.sampler_id:
+            sharing = await self._ledger.find(SamplerRecord, follows=sampler.follows)
+        pending = set(await self._ledger.pending_streams())  # also of a base model that is not served now
+        desk = self._models.get(sampler.base_model).desk if sampler.base_model in self._models else None
+        return not any(
+            one.sampler_id in pending or self._in_use[one.sampler_id] or (desk and desk.runs(one.sampler_id))
+            for one in sharing
+        )
 
     async def _last_use(self, sampler: SamplerRecord) -> float:
         known = self._used_at.get(sampler.sampler_id)

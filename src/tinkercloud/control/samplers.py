@@ -1,4 +1,4 @@
-"""Samplers: immutable weights, and the samples that are drawn from them."""
+"""Samplers: weights, and the samples that are drawn from them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class Samplers:
         """A client number, unique in this sampling session; the creator is 0. NotFound, Ended."""
         with self._keeper.in_use(sampler):
             await self._sessions.active(sampler.session_id, sampler.owner)
-            self._keeper.check(sampler)
+            await self._keeper.check(sampler)
             number = await self._ledger.join_sampler(sampler.sampler_id)
             if number is None:
                 raise NotFound(f"sampler {sampler.sampler_id} has just been dropped; create a new sampling client")
@@ -132,7 +132,7 @@ class Samplers:
         try:
             with self._keeper.in_use(sampler):
                 await self._sessions.heartbeat(sampler.session_id, sampler.owner)
-                self._keeper.check(sampler)
+                await self._keeper.check(sampler)
                 return await self._accept(sampler, seq_id, operation)
         finally:
             self._arriving[sampler.base_model] -= operation.num_samples
@@ -141,7 +141,8 @@ class Samplers:
         details = {NUM_SAMPLES: operation.num_samples} if operation.num_samples > 1 else {}
 
         def draft(seq_id: int) -> tuple[bytes, dict[str, Any]]:
-            return encode(replace(operation, request_id=request_id(sampler.sampler_id, seq_id))), details
+            own = request_id(sampler.sampler_id, seq_id)
+            return encode(replace(operation, request_id=own, tenant=sampler.session_id)), details
 
         entry = await self._ledger.append(sampler.sampler_id, seq_id, "sample", draft, num_tokens=operation.num_tokens)
         if not entry.repeated and sampler.base_model in self._models:

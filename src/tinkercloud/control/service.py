@@ -19,6 +19,7 @@ from tinkercloud.control.checkpoints import Checkpoints
 from tinkercloud.control.copies import Copies
 from tinkercloud.control.engines import OnProgress
 from tinkercloud.control.futures import Futures
+from tinkercloud.control.inflight import InflightWeights
 from tinkercloud.control.keys import Keys
 from tinkercloud.control.operator import Operator
 from tinkercloud.control.quotas import Quotas
@@ -47,8 +48,9 @@ class Service:
         self._ledger = ledger
         self._arrivals = Arrivals()
         self.storage = Storage(ledger, Path(settings.data_dir))
-        self.models = BaseModels(settings, ledger, self._arrivals, self.storage, on_progress)
-        self._keeper = SamplerKeeper(ledger, self.models, self.storage, settings)
+        inflight = InflightWeights(ledger)
+        self.models = BaseModels(settings, ledger, self._arrivals, self.storage, inflight, on_progress)
+        self._keeper = SamplerKeeper(ledger, self.models, self.storage, inflight, settings)
         self.sessions = Sessions(ledger, self.models, self._keeper, settings)
         self.runs = TrainingRuns(ledger, self.models, self.sessions, self.storage)
         self.checkpoints = Checkpoints(ledger, self.models, self.storage, settings.data_dir)

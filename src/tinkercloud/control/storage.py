@@ -22,6 +22,7 @@ from tinkercloud.control.folders import (
     session_part,
     snapshots_folder,
 )
+from tinkercloud.control.inflight import newest_of
 from tinkercloud.control.outcomes import LoadDetails, details_of
 from tinkercloud.errors import NotFound, Unavailable
 from tinkercloud.ledger.files import link_files
@@ -83,6 +84,10 @@ class Storage:
             if not named and not await self._ledger.count(SamplerRecord, folder=folder):
                 await asyncio.to_thread(self._remove, [folder])
 
+    async def remove(self, folder: str) -> None:
+        """Remove a folder that nothing reads any more, whatever record names it."""
+        await asyncio.to_thread(self._remove, [folder])
+
     async def forget(self, model_id: str) -> None:
         """Remove what recovery kept of a run whose log has ended."""
         await self._ledger.prune_snapshots(model_id, keep=0)
@@ -137,12 +142,15 @@ def named_folders(
     named |= {snapshot.folder for snapshot in snapshots}
     finished = {session.session_id for session in sessions if session.state == "finished"}
     pending = set(pending_streams)
-    # The end of a session ends its ephemeral samplers, when their accepted samples have ended; a checkpoint stays for
-    # as long as any sampler was made from it.
+    sampled = {sampler.follows or sampler.sampler_id for sampler in samplers if sampler.sampler_id in pending}
+    # The end of a session ends its ephemeral samplers, when the accepted samples of their weights have ended; a
+    # checkpoint stays for as long as any sampler was made from it.
     named |= {
         sampler.folder
-        for sampler in samplers
-        if sampler.model_path is not None or sampler.session_id not in finished or sampler.sampler_id in pending
+        for sampler in newest_of(samplers)
+        if sampler.model_path is not None
+        or sampler.session_id not in finished
+        or (sampler.follows or sampler.sampler_id) in sampled
     }
     return named
 

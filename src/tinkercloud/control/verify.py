@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from sqlalchemy import Connection
 
+from tinkercloud.control.inflight import newest_of
 from tinkercloud.control.storage import named_folders, unnamed_folders
 from tinkercloud.engine.checksums import damage
 from tinkercloud.ledger import catalog, entries
@@ -78,7 +79,7 @@ def _weights(connection: Connection, data_dir: Path) -> Iterator[Problem]:
     """Checkpoints, samplers and pins."""
     folders = {checkpoint.folder: checkpoint.path for checkpoint in _all(connection, CheckpointRecord)}
     pending = set(entries.pending_streams(connection))
-    for sampler in _all(connection, SamplerRecord):
+    for sampler in newest_of(_all(connection, SamplerRecord)):
         if sampler.model_path is None and not (data_dir / sampler.folder).is_dir():
             continue  # dropped to stay within ephemeral_sampler_bytes, as its clients are told
         session = catalog.get(connection, SessionRecord, (sampler.session_id,))

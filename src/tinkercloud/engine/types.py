@@ -220,10 +220,13 @@ TrainOperation = (
 
 class OpenSampler(Struct, frozen=True, tag="open_sampler"):
     """Make weights available for sampling under an id: a sampler checkpoint's folder, or the base model's own
-    (folder ""). They never change afterwards. Result: `Done`."""
+    (folder ""). They never change afterwards, unless they are `shared`. Result: `Done`."""
 
     sampler_id: str
     folder: str = ""
+    shared: str = ""
+    """What samplers say that share mutable weights. Opening one of them with another folder gives its weights to all of
+    them from the next step on: running sequences keep the keys and values that they have and go on with these."""
 
 
 class CloseSampler(Struct, frozen=True, tag="close_sampler"):
@@ -258,6 +261,8 @@ class Sample(Struct, frozen=True, tag="sample"):
     """Of `prompt_logprobs`, which it needs, and `topk_prompt_logprobs`: score the last n tokens alone, 1 to N - 1."""
     raw_logprobs: bool = False
     """Whether sampled log-probabilities are the raw model's."""
+    tenant: str = ""
+    """Who shares the sampler evenly with others, however much each asks for: the session."""
 
     @property
     def num_tokens(self) -> int:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 
 from tinkercloud.errors import Unavailable
 
-HEAD = "0009"
+HEAD = "0010"
 """The newest migration. Known here so that opening a database that is up to date need not import Alembic (0.3 s)."""
 
 BUSY_TIMEOUT = 30

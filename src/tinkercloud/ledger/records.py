@@ -47,7 +47,7 @@ class ModelRecord(Struct, frozen=True):
 
 
 class SamplerRecord(Struct, frozen=True):
-    """A sampling session: immutable weights that samples are drawn from."""
+    """A sampling session: weights that samples are drawn from, and that never change unless it `follows` a run."""
 
     sampler_id: str
     session_id: str
@@ -60,6 +60,10 @@ class SamplerRecord(Struct, frozen=True):
     created_at: float
     clients: int = 1
     """How many clients have joined; the next one gets this number as its counter."""
+    follows: str | None = None
+    """The training run whose inflight samplers all sample from the newest weights that were saved for one of them."""
+    version: int = 0
+    """seq_id of the save that an inflight sampler was made by: the newest has the highest."""
 
 
 class CheckpointRecord(Struct, frozen=True):

@@ -79,8 +79,11 @@ samplers = Table(
     Column("folder", String, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("clients", Integer, nullable=False),
+    Column("follows", String),
+    Column("version", BigInteger, nullable=False, server_default="0"),
     Index(None, "session_id"),
     Index(None, "folder"),
+    Index(None, "follows"),
 )
 
 checkpoints = Table(

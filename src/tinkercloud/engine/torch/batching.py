@@ -1,13 +1,15 @@
 """Continuous batching: which sequences run in the next step, and which pages they hold. Knows no model.
 
-Requests wait in the order of their arrival and run in the order of their admission. When pages run out, the newest
-running sequence gives its pages back and waits at the front; it later computes them again. The oldest can always go on,
-because the cache holds at least one sequence of the greatest length.
+Tenants share the places evenly (`waiting.py`); the requests of one wait in the order of their arrival. A tenant that
+waits and has less than its share gets a place at once: of the tenant that has most, the sequence that has computed least
+gives its place back. When pages run out, the newest running sequence gives its pages back. Either waits before its
+tenant's others and later computes its pages again. The oldest can always go on, because the cache holds at least one
+sequence of the greatest length.
 
 A step has one token of each sequence that decodes, and PREFILL_BUDGET tokens of prompts at most, so that the time
 between two tokens is bounded however many prompts wait. The prompt that was admitted first has its chunk in every step,
-so that it is done after a known number of them; what it leaves of the budget goes to those with the least left to do,
-so that a short prompt does not wait for long ones.
+so that it is done after a known number of them; what it leaves of the budget goes to the tenants that were served least,
+and of their prompts to those with the least left to do, so that a short prompt does not wait for long ones.
 
 A prompt's pages are kept for others that begin alike (`prefix_cache`). A sequence that would find much of its prompt in
 the cache if it waited for one that is running lets others pass meanwhile: samples of one prompt, whether of one request
@@ -16,13 +18,14 @@ or of several, compute it once.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Collection
 
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, pages_for
 from tinkercloud.engine.torch.prefix_cache import Namespace, Prefix, PrefixCache
 from tinkercloud.engine.torch.sequences import Request, Sequence
 from tinkercloud.engine.torch.state_cache import StateCache
+from tinkercloud.engine.torch.waiting import WaitingSequences
 
 PREFILL_CHUNK = 256
 """Tokens of one sequence that are prefilled in one step, up to the next multiple of it."""
@@ -49,7 +52,7 @@ class ContinuousBatch:
         self.max_sequences = max_sequences
         self.only: Collection[Request] | None = None
         """The requests whose sequences may start; None is all."""
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingSequences()
         self._running: list[Sequence] = []
         self.preemptions = 0
         """Times that a running sequence gave its pages back, since the start."""
@@ -64,13 +67,13 @@ class ContinuousBatch:
 
     def add(self, request: Request) -> None:
         """Let a request's sequences wait for their turn."""
-        self._waiting.extend(request.sequences)
+        self._waiting.add(request, self._running)
 
     def remove(self, request: Request) -> None:
         """Take all of a request's sequences out and free their pages."""
         for sequence in [member for member in self._running if member.request is request]:
             self.finish(sequence)
-        self._waiting = deque(member for member in self._waiting if member.request is not request)
+        self._waiting.discard(request)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a running sequence out and free its pages."""
@@ -86,7 +89,7 @@ class ContinuousBatch:
             self._release(sequence)
             if sequence.stop_reason is None:
                 sequence.rewind()
-                self._waiting.appendleft(sequence)
+                self._waiting.put_back(sequence)
 
     def forget(self, namespace: Namespace) -> None:
         """Keep no prompts of these weights any more; nobody new will sample from them."""
@@ -98,17 +101,25 @@ class ContinuousBatch:
         for sequence in self._running:
             self._keep(sequence)
         self._grow()
-        self._admit()
+        if self._waiting:
+            self._make_places()
+            self._admit()
         turns = [(sequence, 1) for sequence in self._running if sequence.num_tokens - sequence.cached == 1]
         behind = [sequence for sequence in self._running if sequence.num_tokens - sequence.cached > 1]
         budget = PREFILL_BUDGET
-        for sequence in behind[:1] + sorted(behind[1:], key=lambda one: one.num_tokens - one.cached):
+        for sequence in behind[:1] + sorted(behind[1:], key=self._urgency):
             count = self._next_cut(sequence) - sequence.cached
             if count <= budget:
                 budget -= count
                 turns.append((sequence, count))
+        for sequence, count in turns:
+            self._waiting.serve(sequence, count)
         turns.sort(key=lambda turn: turn[0].request.sampler.order)
         return turns
+
+    def _urgency(self, sequence: Sequence) -> tuple[int, int]:
+        """Of a sequence that prefills; less comes first."""
+        return self._waiting.served(sequence), sequence.num_tokens - sequence.cached
 
     def _next_cut(self, sequence: Sequence) -> int:
         """Where a sequence's next turn ends: at a multiple of PREFILL_CHUNK or where its prompt ends; among its drawn
@@ -129,25 +140,45 @@ class ContinuousBatch:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
+        self._give_back(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
         self.finish(sequence)
-        self._waiting.appendleft(sequence)
+        self._waiting.put_back(sequence)
+
+    def _make_places(self) -> None:
+        """Where all places are taken, let each tenant that waits have its share of them."""
+        if len(self._running) < self.max_sequences or self.only is not None:
+            return
+        places = Counter(sequence.tenant for sequence in self._running)
+        lengths = self._waiting.lengths
+        share = max(1, self.max_sequences // len(places.keys() | lengths.keys()))
+        for tenant, length in lengths.items():
+            for _ in range(min(share - places[tenant], length)):
+                richest, most = places.most_common(1)[0]
+                if most <= share:
+                    return
+                theirs = [sequence for sequence in self._running if sequence.tenant == richest]
+                self._give_back(min(reversed(theirs), key=lambda sequence: sequence.cached))
+                places[richest] -= 1
 
     def _admit(self) -> None:
-        """Start waiting sequences, in order, while there are places and pages. Nothing passes one for which there are
+        """Start waiting sequences, in turn, while there are places and pages. Nothing passes one for which there are
         too few pages."""
         prefilling = [sequence for sequence in self._running if not sequence.holds_prompt]
-        passed: list[Sequence] = []
-        while self._waiting and len(self._running) < self.max_sequences:
-            sequence = self._waiting[0]
+        places = Counter(sequence.tenant for sequence in self._running)
+        for sequence in self._waiting.in_turn(places):
+            if len(self._running) >= self.max_sequences:
+                break
             if (self.only is not None and sequence.request not in self.only) or self._follows(sequence, prefilling):
-                passed.append(self._waiting.popleft())
                 continue
             if not self._start(sequence):
                 break
-            self._running.append(self._waiting.popleft())
+            self._waiting.take(sequence)
+            self._running.append(sequence)
+            places[sequence.tenant] += 1
             if not sequence.holds_prompt:
                 prefilling.append(sequence)
-        self._waiting.extendleft(reversed(passed))
 
     def _follows(self, sequence: Sequence, prefilling: list[Sequence]) -> bool:
         """Whether it is better for a sequence to wait until one of those that prefill has come further."""

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from tinkercloud.engine.torch.lora import AdapterWeights, LoraBatch, SampledLora
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.paged_attention import PagedAttention
 from tinkercloud.engine.torch.prompt_scoring import check_scoring
+from tinkercloud.engine.torch.prefix_cache import Namespace
 from tinkercloud.engine.torch.quarantine import Quarantine
 from tinkercloud.engine.torch.sampler_memory import memory_of
 from tinkercloud.engine.torch.sampling import check_params, draw, top_logprobs
@@ -80,16 +82,21 @@ class TorchSampler:
         self._batch = ContinuousBatch(self._cache, sequences, self._states)
         self._quarantine = Quarantine(self._batch)
         self._samplers: dict[str, OpenedSampler] = {}
+        self._shared: WeakValueDictionary[str, OpenedSampler] = WeakValueDictionary()
+        """Mutable weights, for as long as a sampler or a request has them."""
         self._opened = 0
         self._requests: dict[str, Request] = {}
         self._ended: list[tuple[str, Result]] = []
 
     def open(self, operation: OpenSampler) -> Result:
         """Load the weights; opening the same folder under the same id again changes nothing."""
-        existing = self._samplers.get(operation.sampler_id)
-        if existing is not None:
-            if existing.folder == operation.folder:
-                return Done()
+        known = self._shared.get(operation.shared) if operation.shared else self._samplers.get(operation.sampler_id)
+        if known is not None and known.folder == operation.folder:
+            if not known.prefixes.open:  # nobody had it any more but for a request that still runs
+                known.prefixes = Namespace()
+            self._samplers[operation.sampler_id] = known
+            return Done()
+        if known is not None and not operation.shared:
             return Failure(f"sampler {operation.sampler_id} is open already, with other weights", "server")
         adapter = None
         if operation.folder:
@@ -101,9 +108,14 @@ class TorchSampler:
                 raise
             except (OSError, RuntimeError) as error:
                 return Failure(f"the sampler's weights cannot be read: {error}", "server")
-        self._samplers[operation.sampler_id] = self._same(operation.folder, adapter) or self._new(
-            operation.folder, adapter
-        )
+        if known is not None:  # shared weights that change: what was kept of prompts is not theirs
+            self._batch.forget(known.prefixes)
+            known.folder, known.adapter, known.prefixes = operation.folder, adapter, Namespace()
+        elif operation.shared:
+            known = self._shared[operation.shared] = self._new(operation.folder, adapter)
+        else:
+            known = self._same(operation.folder, adapter) or self._new(operation.folder, adapter)
+        self._samplers[operation.sampler_id] = known
         return Done()
 
     def close(self, operation: CloseSampler) -> Result:
@@ -119,8 +131,9 @@ class TorchSampler:
 
     def _same(self, folder: str, adapter: AdapterWeights | None) -> OpenedSampler | None:
         """A sampler that is open with the same weights, to be the same: they are held once, and so are its prompts."""
+        mutable = set(map(id, self._shared.values()))
         for sampler in self._samplers.values():
-            if sampler.folder == folder and (adapter is None or adapter.equal(sampler.adapter)):
+            if id(sampler) not in mutable and sampler.folder == folder and (adapter is None or adapter.equal(sampler.adapter)):
                 return sampler
         return None
 

@@ -18,7 +18,7 @@ from tinkercloud.engine.types import Sample, SampledSequence, SampleOutput, TopL
 
 @dataclass(eq=False)
 class OpenedSampler:
-    """Immutable weights to sample from."""
+    """Weights to sample from. Those that samplers share change between two steps, others never."""
 
     order: int
     """Rows of a step are sorted by it, so that each adapter's rows are contiguous."""
@@ -60,6 +60,11 @@ class Request:
         """Whether log-probabilities at temperature 1 are wanted, and are not those of the draw itself."""
         asked = self.operation.record_stability_info or self.operation.raw_logprobs
         return asked and self.operation.params.temperature not in (0, 1)
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return self.operation.tenant
 
     @property
     def finished(self) -> bool:
@@ -107,6 +112,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.random = random_stream(self.request.operation.params.seed, self.index)
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return self.request.tenant
 
     @property
     def num_tokens(self) -> int:

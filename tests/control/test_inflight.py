@@ -1,0 +1,106 @@
+"""Inflight samplers: those of a run share the newest weights, over restarts, ends and budgets; the others' folders go."""
+
+import time
+
+import numpy as np
+import pytest
+
+from tests.control.conftest import OWNER, Client, kill_engine
+from tinkercloud.control.verify import problems
+from tinkercloud.engine.types import Sample, SampleOutput, SamplingParams
+from tinkercloud.errors import Ended, NotFound
+from tinkercloud.ledger.records import SessionRecord
+
+
+async def saved(client: Client, number: int, inflight: bool = True):
+    """A sampler of the run as it is now."""
+    client.seq_id += 1
+    runs = client.service.runs
+    made = await client.result(
+        await runs.save_ephemeral_sampler(client.model, client.seq_id, number, inflight=inflight)
+    )
+    return await client.service.samplers.get(made.sampling_session_id, OWNER)
+
+
+async def drawn(service, sampler) -> list[float]:
+    """What its weights say of a prompt, to a precision at which equal weights say the same."""
+    output = await Client._finished(service, await sample(service, sampler, 1))
+    return output.prompt_logprobs[1:].round(3).tolist()
+
+
+async def sample(service, sampler, max_tokens: int):
+    prompt, params = np.arange(5, 12, dtype=np.int32), SamplingParams(max_tokens=max_tokens, seed=1)
+    operation = Sample("", sampler.sampler_id, prompt, params, prompt_logprobs=True)
+    return await service.samplers.sample(sampler, None, operation)
+
+
+def test_all_of_a_run_have_the_newest_weights_whatever_happens(serving, run, tmp_path):
+    data = tmp_path / "data"
+
+    async def story():
+        async with serving() as service:
+            client, other = await Client.create(service), await Client.create(service, seed=1)
+            await client.steps(1)
+            first, snapshot, apart = await saved(client, 0), await saved(client, 1, False), await saved(other, 0)
+            before, theirs = await drawn(service, first), await drawn(service, apart)
+            running = await sample(service, first, 400)
+            await client.steps(1)
+            assert await drawn(service, first) == before == await drawn(service, snapshot), "nothing was saved"
+            second = await saved(client, 2)
+            after = await drawn(service, second)
+            assert after == await drawn(service, first) == await drawn(service, await saved(client, 3, False)) != before
+            assert await drawn(service, snapshot) == before and await drawn(service, apart) == theirs != before
+            assert isinstance(await Client._finished(service, running), SampleOutput), "over the change of weights"
+            assert not (data / first.folder).exists() and (data / second.folder).is_dir()
+
+            await kill_engine(service)
+            assert await drawn(service, first) == await drawn(service, second) == after
+            await client.steps(1)
+            running = await sample(service, first, 400)
+            third = await saved(client, 4)
+            newest = await drawn(service, third)
+            assert newest != after
+        assert problems(data) == []
+        async with serving() as service:
+            assert isinstance(await Client._finished(service, running), SampleOutput)
+            assert await drawn(service, first) == await drawn(service, third) == newest
+            assert await drawn(service, snapshot) == before
+            live = [(data / sampler.folder).is_dir() for sampler in (first, second, third, apart)]
+            assert live == [False, False, True, True]
+
+    run(story)
+
+
+def test_they_stay_while_their_session_lives_and_go_with_it(serving, run, tmp_path):
+    data = tmp_path / "data"
+
+    async def story():
+        async with serving(ephemeral_sampler_bytes=1) as service:
+            client, silent = await Client.create(service), await Client.create(service)
+            first, theirs = await saved(client, 0), [await saved(silent, number) for number in range(2)]
+            await saved(client, 1, False)
+            running = await sample(service, theirs[0], 400)
+            await service._ledger.change(SessionRecord, silent.session.session_id, state="parked")
+            await service.tidy(time.time())
+            assert (data / first.folder).is_dir(), "its clients have no other weights"
+            assert (data / theirs[1].folder).is_dir(), "an older sampler has a sample of them"
+            assert isinstance(await Client._finished(service, running), SampleOutput)
+            await service.tidy(time.time())
+            assert not (data / theirs[1].folder).exists()
+            for gone in theirs:
+                with pytest.raises(NotFound, match="ephemeral_sampler_bytes"):
+                    await drawn(service, gone)
+            again = await saved(silent, 2)
+            assert await drawn(service, theirs[0]) == await drawn(service, again), "a save serves the old ones too"
+
+            second = await saved(client, 2)
+            running = await sample(service, first, 400)
+            await service.sessions.finish(client.session.session_id, OWNER, "success")
+            with pytest.raises(Ended):
+                await drawn(service, second)
+            assert isinstance(await Client._finished(service, running), SampleOutput)
+        async with serving() as service:
+            assert not (data / second.folder).exists() and (data / again.folder).is_dir()
+        assert problems(data) == []
+
+    run(story)

@@ -1,0 +1,80 @@
+"""Weights that samplers share change while they sample: what is cached stays, what comes after is of the new ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.engine.sampler_requests import prompt_of, run, sample, tokens_of
+from tinkercloud.engine.types import CloseSampler, Done, OpenSampler
+
+SWITCH = 6
+"""Tokens that a sequence has when its weights change."""
+
+
+def inflight(sampler, adapter_folder, number: int, sampler_id: str = "a") -> None:
+    assert sampler.open(OpenSampler(sampler_id, adapter_folder("qwen3", number), "run")) == Done()
+
+
+def switched(sampler, adapter_folder, request):
+    """The request's output when the second adapter comes after `SWITCH` tokens."""
+    sampler.submit(request)
+    for _ in range(SWITCH):
+        assert sampler.step() == []
+    inflight(sampler, adapter_folder, 1, "b")
+    while sampler.busy:
+        ended = dict(sampler.step())
+    return ended[request.request_id]
+
+
+@torch.no_grad()
+def test_a_running_sequence_goes_on_with_new_weights_and_the_cache_that_it_has(sampler_of, adapter_folder, reference):
+    sampler = sampler_of("qwen3")
+    inflight(sampler, adapter_folder, 0)
+    prompt = prompt_of(3, 20)
+    output = switched(sampler, adapter_folder, sample("r", prompt, "a", seed=4, stop_tokens=()))
+    tokens, given = output.sequences[0].tokens, output.sequences[0].logprobs
+    old, new = (reference("qwen3", adapter_folder("qwen3", number)) for number in (0, 1))
+    first = old(torch.tensor([[*prompt, *tokens[: SWITCH - 1]]]), use_cache=True)
+    rest = new(torch.tensor([tokens[SWITCH - 1 : -1]]), past_key_values=first.past_key_values, use_cache=True)
+    logits = torch.cat((first.logits[0, len(prompt) - 1 :], rest.logits[0]))
+    expected = logits.log_softmax(-1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+    np.testing.assert_allclose(given, expected, atol=1e-5)
+
+
+def test_what_is_recorded_is_of_the_weights_that_drew_each_token(sampler_of, adapter_folder):
+    """The log-probabilities at temperature 1 are those of a request that draws the same tokens at temperature 1."""
+    sampler = sampler_of("qwen3")
+    inflight(sampler, adapter_folder, 0)
+    cold = sample("r", prompt_of(3, 20), "a", temperature=0.0, stop_tokens=(), record_stability_info=True)
+    hot = sample("s", prompt_of(3, 20), "a", temperature=1e-6, stop_tokens=(), record_stability_info=True)
+    outputs = []
+    for request in (cold, hot):
+        inflight(sampler, adapter_folder, 0)
+        outputs.append(switched(sampler, adapter_folder, request).sequences[0])
+    assert outputs[0].tokens.tolist() == outputs[1].tokens.tolist()
+    np.testing.assert_allclose(outputs[0].policy_logprobs, outputs[1].policy_logprobs, atol=1e-5)
+    assert np.abs(outputs[1].policy_logprobs - outputs[1].logprobs).max() > 0.01
+
+
+@pytest.mark.parametrize("opened_again", ["a", "b"])
+def test_samplers_share_weights_until_the_last_has_closed(sampler_of, adapter_folder, opened_again):
+    sampler = sampler_of("qwen3")
+    sampler.open(OpenSampler("snapshot", adapter_folder("qwen3", 0)))
+    sampler.open(OpenSampler("newer snapshot", adapter_folder("qwen3", 1)))
+    inflight(sampler, adapter_folder, 0, "a")
+    inflight(sampler, adapter_folder, 0, "b")
+
+    def drawn(name: str) -> list[list[int]]:
+        return tokens_of(run(sampler, sample("r", prompt_of(1, 9), name)))["r"]
+
+    old, new = drawn("snapshot"), drawn("newer snapshot")
+    assert drawn("a") == drawn("b") == old != new
+    inflight(sampler, adapter_folder, 1, opened_again)
+    assert drawn("a") == drawn("b") == new and drawn("snapshot") == old
+    sampler.close(CloseSampler("a"))
+    assert drawn("b") == new
+    sampler.close(CloseSampler("b"))
+    inflight(sampler, adapter_folder, 0, "a")
+    assert drawn("a") == old
