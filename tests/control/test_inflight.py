@@ -1,4 +1,4 @@
-"""Inflight samplers: those of a run share the newest weights, over restarts, ends and budgets; the others' folders go."""
+"""Inflight samplers: those of a run share its newest weights, over restarts, ends and budgets; older folders go."""
 
 import time
 

@@ -52,9 +52,9 @@ async def save_weights(request: Request, service: ServiceOf, owner: Owner) -> di
 async def save_weights_for_sampler(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Save weights to sample from: as a checkpoint by `path`, or as a sampling session by `sampling_session_seq_id`.
 
-    A sampling session of `kind` `snapshot` keeps these weights. Those of kind `inflight` share one set for each training
-    run: a save gives the new weights to all of them, and a running sequence goes on with them after the keys and values
-    that it has.
+    A sampling session of `kind` `snapshot` keeps these weights. Those of kind `inflight` share one set for each
+    training run: a save gives the new weights to all of them, and a running sequence goes on with them and the keys and
+    values that it has.
     """
     raw = await read_operation(request, service, owner, "save_weights_for_sampler")
     address = as_request(wire.Address, raw)

@@ -1,8 +1,8 @@
 """The sequences that wait for a place, and whose turn it is: tenants share a sampler's places evenly.
 
-A tenant that asks for two thousand sequences and one that asks for one each come to their turn: places are max-min fair,
-and where two tenants have as many, whoever was served the fewest tokens goes first. Within a tenant it is the order of
-arrival.
+A tenant that asks for two thousand sequences and one that asks for one each come to their turn: places are max-min
+fair, and where two tenants have as many, whoever was served the fewest tokens goes first. Within a tenant it is the
+order of arrival.
 """
 
 from __future__ import annotations
