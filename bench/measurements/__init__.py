@@ -3,6 +3,7 @@
 from bench.measurements.acknowledged import ACKNOWLEDGED
 from bench.measurements.forward_backward import FORWARD_BACKWARD
 from bench.measurements.latency import LATENCY
+from bench.measurements.many_samples import MANY_SAMPLES
 from bench.measurements.memory import MEMORY
 from bench.measurements.peak_memory import PEAK_MEMORY
 from bench.measurements.round_trip import ROUND_TRIP
@@ -22,6 +23,7 @@ ALL = (
     *SHARED_PROMPT,
     *LATENCY,
     SHORT_BESIDE_LONG,
+    MANY_SAMPLES,
     *SIDE_BY_SIDE,
     START,
     MEMORY,

@@ -305,8 +305,8 @@ class Settings(PerModel, BaseSettings):
     max_pending_samples: int = Field(
         20000,
         gt=0,
-        description="Sequences (`num_samples` of all requests) that may wait for one base model; beyond, clients are "
-        "told to wait (429).",
+        description="Sequences (`num_samples` of all requests) that may wait for one base model; beyond, sessions that "
+        "have their even share of them are told to wait (429), and all are at twice as many.",
     )
 
     price_storage: float = Field(

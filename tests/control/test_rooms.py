@@ -116,7 +116,7 @@ def test_a_samplers_id_is_never_given_other_weights(shared):
 
 
 def test_sequences_are_counted_when_too_many_wait(serving, run):
-    """`num_samples` of all requests, also of those that are on their way to the disk."""
+    """`num_samples` of all requests, also of those that are on their way to the disk; another session has its share."""
 
     async def story():
         async with serving(max_pending_samples=10) as service:
@@ -124,14 +124,19 @@ def test_sequences_are_counted_when_too_many_wait(serving, run):
             desk = service.models.get(NANO).desk
             prompt, params = np.arange(5, 9, dtype=np.int32), SamplingParams(max_tokens=8, seed=1)
 
-            def send(num_samples):
-                return service.samplers.sample(
-                    sampler, None, Sample("", sampler.sampler_id, prompt, params, num_samples)
-                )
+            def send(num_samples, of=sampler):
+                return service.samplers.sample(of, None, Sample("", of.sampler_id, prompt, params, num_samples))
+
+            session = (await Client.create(service)).session
+            other = await service.samplers.create(session, 0, NANO, None)
 
             sent = await asyncio.gather(*(send(4) for _ in range(3)), return_exceptions=True)
             accepted = [entry for entry in sent if not isinstance(entry, Overloaded)]
             assert len(accepted) == 2 and desk.pending == 8
+            accepted.append(await send(4, other))
+            for refused in (send(2, other), send(1)):
+                with pytest.raises(Overloaded, match="12 sequences wait"):
+                    await refused
             for entry in accepted:
                 assert len((await Client._finished(service, entry)).sequences) == 4
             while desk.pending:

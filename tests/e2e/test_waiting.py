@@ -6,6 +6,7 @@ import time
 import httpx
 import numpy as np
 import pytest
+import tinker
 from tinker import types
 from tinker.proto.response_conv import deserialize_proto_response
 
@@ -110,3 +111,73 @@ def test_a_result_of_five_megabytes_is_announced_and_then_given_as_often_as_aske
         assert again.metrics == metrics and len(again.loss_fn_outputs) == 11
     result = run.sdk.forward(wide, "cross_entropy").result(PATIENCE)
     assert [output["logprobs"].to_numpy().shape for output in result.loss_fn_outputs] == [(1024, 128)] * 11
+
+
+def counted(server, request: str) -> int:
+    """How many requests of a kind the server has answered; "retrieve_futures 200" for instance."""
+    return len(re.findall(rf"POST /api/v1/{request}\b", server.log.read_text()))
+
+
+PARAMS = types.SamplingParams(max_tokens=8, stop=[])
+PROMPT = types.ModelInput.from_ints([1, 2, 3])
+
+
+def test_one_held_poll_waits_for_all_samples_of_a_client(server, run):
+    """Then the client is silent: it has acknowledged everything."""
+    polls_before, fetched, together = polls(server), counted(server, "retrieve_future 200"), "retrieve_futures 200"
+    before = counted(server, together)
+    sampler = run.service.create_sampling_client(base_model=NANO).result(PATIENCE)
+    samples = [sampler.sample(PROMPT, 1, PARAMS) for _ in range(60)]
+    failing = sampler.sample(types.ModelInput.from_ints([1, 2, 10**6]), 1, PARAMS)
+    assert {len(sample.result(PATIENCE).sequences[0].tokens) for sample in samples} == {8}
+    with pytest.raises(tinker.BadRequestError, match="1000000"):
+        failing.result(PATIENCE)
+    poller = sampler._futures_poller
+    deadline = time.monotonic() + PATIENCE
+    while poller._retrieved or poller._cursor > poller._acked_cursor:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert polls(server) == polls_before, "no sample is asked for before it has ended"
+    assert counted(server, "retrieve_future 200") == fetched + 60
+    asked = counted(server, together) - before
+    assert 1 <= asked <= 60
+    time.sleep(3 * POLL_SECONDS)
+    assert counted(server, together) - before == asked
+
+
+def test_clients_that_join_a_sampler_get_their_own_results(server, run):
+    sampler = run.service.create_sampling_client(base_model=NANO).result(PATIENCE)
+    joined = [
+        tinker.SamplingClient.from_sampler_handle(sampler.get_sampler_handle(), api_key="tml-x") for _ in range(2)
+    ]
+    clients = [sampler, *joined]
+    lengths = [types.SamplingParams(max_tokens=5 + i, stop=[]) for i in range(3)]
+    samples = [(i, clients[i].sample(PROMPT, 1, lengths[i])) for _ in range(8) for i in range(3)]
+    for i, sample in samples:
+        assert len(sample.result(PATIENCE).sequences[0].tokens) == 5 + i
+    assert sorted(client._cloned_sampler_id for client in clients) == [0, 1, 2]
+
+
+def test_a_sample_that_nobody_waits_for_is_cancelled(server, run):
+    sampler = run.service.create_sampling_client(base_model=NANO).result(PATIENCE)
+    before, accepted = counted(server, "cancel_future 200"), counted(server, "asample 200")
+    sample = sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=1500, stop=[]))
+    deadline = time.monotonic() + PATIENCE
+    while counted(server, "asample 200") == accepted:
+        assert time.monotonic() < deadline
+    assert sample.future().cancel()
+    while counted(server, "cancel_future 200") == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    request_id = f"{sampler._sampling_session_id}:0"
+    assert "cancelled" in run.result(request_id)["error"]
+    assert len(sampler.sample(PROMPT, 1, PARAMS).result(PATIENCE).sequences[0].tokens) == 8
+
+
+def test_a_sample_of_more_than_a_megabyte_is_fetched_once_by_its_size(server, run):
+    sampler = run.service.create_sampling_client(base_model=NANO).result(PATIENCE)
+    long = types.ModelInput.from_ints([number % 2000 for number in range(1000)])
+    before = counted(server, "retrieve_future 200")
+    result = sampler.sample(long, 1, PARAMS, topk_prompt_logprobs=200, include_prompt_logprobs=True).result(PATIENCE)
+    assert len(result.topk_prompt_logprobs) == 1000 and len(result.topk_prompt_logprobs[1]) == 200
+    assert counted(server, "retrieve_future 200") == before + 1

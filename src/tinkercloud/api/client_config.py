@@ -24,12 +24,12 @@ FLAGS = {
     "fwdbwd_max_chunk_len": 1024,  # datums
     "fwdbwd_max_chunk_bytes_count": 5_000_000,
     "sample_max_concurrent_requests": 2000,
-    "sample_use_retrieve_futures": False,
-    "sample_join_sampling_session": False,
+    "sample_use_retrieve_futures": True,  # one held poll for all samples of a sampling client, which then has no limit
+    "sample_join_sampling_session": True,
 }
 """The SDK's `ClientConfigResponse`; what is not here has the SDK's own default."""
 
-DYNAMIC_FLAGS = {"refresh_interval_sec": 300, "sample_cancel_enabled": False}
+DYNAMIC_FLAGS = {"refresh_interval_sec": 300, "sample_cancel_enabled": True}
 """The SDK's `ClientDynamicConfigResponse`."""
 
 

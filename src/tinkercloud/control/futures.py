@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from tinkercloud.codec import decode
 from tinkercloud.control.arrivals import Arrivals, within
 from tinkercloud.control.base_models import BaseModels, how_to_serve
+from tinkercloud.control.sampler_desk import client_key
 from tinkercloud.errors import Ended, NotFound
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import Entry, ModelRecord, Outcome, SamplerRecord
@@ -57,7 +58,7 @@ class Futures:
         """Ended samples of one client of a sampler, in order of completion, after a cursor; waits for the first one."""
         deadline = time.monotonic() + timeout
         while True:
-            with self._arrivals.listen(sampler.sampler_id) as arrived:
+            with self._arrivals.listen(client_key(sampler.sampler_id, client)) as arrived:
                 ended = await self._ledger.completions(sampler.sampler_id, client, after)
                 if ended or time.monotonic() >= deadline or self._arrivals.closed:
                     return ended

@@ -21,6 +21,7 @@ from tinkercloud.control.storage import Storage
 from tinkercloud.control.suspects import MAX_DEATHS, RETRY_SECONDS, SUSPECTS_TOGETHER
 from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, OpenSampler, Result
 from tinkercloud.errors import Unavailable
+from tinkercloud.ledger.entries import CLIENT_SEQ_IDS
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import Entry, SamplerRecord
 from tinkercloud.ledger.timeline import Times
@@ -67,8 +68,13 @@ class SamplerDesk:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
         self._publishing: set[asyncio.Task[None]] = set()
-        self.pending = 0
+        self.pending_of: Counter[str] = Counter()
+        """Sequences accepted and not ended, by session."""
+
+    @property
+    def pending(self) -> int:
         """Sequences accepted and not ended."""
+        return self.pending_of.total()
 
     def runs(self, sampler_id: str) -> bool:
         """Whether a sample of this sampler has not ended."""
@@ -77,17 +83,19 @@ class SamplerDesk:
     def start(self, entry: Entry, sampler: SamplerRecord) -> None:
         """Run a sample that is in the ledger. No-op if it is running already."""
         if entry.request_id not in self._tasks:
-            self.pending += entry.details.get(NUM_SAMPLES, 1)
+            self.pending_of[sampler.session_id] += entry.details.get(NUM_SAMPLES, 1)
             self._running[sampler.sampler_id] += 1
             self._closing.discard(sampler.sampler_id)
             task = asyncio.create_task(self._run(entry, sampler), name=f"sample {entry.request_id}")
             self._tasks[entry.request_id] = task
 
-    def _forget(self, entry: Entry) -> None:
+    def _forget(self, entry: Entry, sampler: SamplerRecord) -> None:
         del self._tasks[entry.request_id]
         self._cancelled.discard(entry.request_id)
         self._deaths.pop(entry.request_id, None)
-        self.pending -= entry.details.get(NUM_SAMPLES, 1)
+        self.pending_of[sampler.session_id] -= entry.details.get(NUM_SAMPLES, 1)
+        if not self.pending_of[sampler.session_id]:
+            del self.pending_of[sampler.session_id]
         self._running[entry.stream] -= 1
         if not self._running[entry.stream]:
             del self._running[entry.stream]
@@ -146,7 +154,7 @@ class SamplerDesk:
         try:
             await self._run_to_the_end(entry, sampler)
         finally:
-            self._forget(entry)
+            self._forget(entry, sampler)
         if sampler.sampler_id in self._closing:
             await self.close(sampler.sampler_id)
 
@@ -165,7 +173,7 @@ class SamplerDesk:
                     of=sampler,
                     times=Times(began, time.time()),
                 )
-                return self._arrivals.announce(entry.request_id, entry.stream)
+                return self._arrivals.announce(entry.request_id, client_of(entry))
             except (Unavailable, OSError, SQLAlchemyError):
                 log.exception("sample %s failed for a reason that is not its own; it runs again", entry.request_id)
                 await asyncio.sleep(RETRY_SECONDS)
@@ -173,7 +181,7 @@ class SamplerDesk:
                 log.exception("sample %s cannot be run", entry.request_id)
                 failure = Failure(f"the stored sample cannot be read: {error}", "server")
                 await self._ledger.complete(entry.request_id, encode(failure), failed=True)
-                return self._arrivals.announce(entry.request_id, entry.stream)
+                return self._arrivals.announce(entry.request_id, client_of(entry))
 
     async def _sample(self, request_id: str, payload: bytes, sampler: SamplerRecord) -> Result:
         while True:
@@ -235,3 +243,13 @@ class SamplerDesk:
                 return
             if not self.runs(sampler_id):
                 await self.close(sampler_id)
+
+
+def client_of(entry: Entry) -> str:
+    """What is announced at the end of each sample of one client of a sampler."""
+    return client_key(entry.stream, entry.seq_id // CLIENT_SEQ_IDS)
+
+
+def client_key(sampler_id: str, client: int) -> str:
+    """As `client_of` a sample of the client of this number."""
+    return f"{sampler_id}/{client}"

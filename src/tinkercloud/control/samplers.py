@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from msgspec.structs import replace
@@ -34,15 +34,15 @@ class Samplers:
         keeper: SamplerKeeper,
         max_pending: int,
     ):
-        """`max_pending`: sequences that may wait for one base model."""
+        """`max_pending`: sequences that may wait for one base model (`_make_sure_of_room`)."""
         self._ledger = ledger
         self._models = models
         self._sessions = sessions
         self._checkpoints = checkpoints
         self._keeper = keeper
         self._max_pending = max_pending
-        self._arriving: Counter[str] = Counter()
-        """Sequences for each base model that are on their way into the ledger."""
+        self._arriving: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        """Sequences for each base model that are on their way into the ledger, by session."""
 
     async def create(
         self, session: SessionRecord, seq_id: int, base_model: str | None, path: str | None
@@ -120,22 +120,33 @@ class Samplers:
     async def sample(self, sampler: SamplerRecord, seq_id: int | None, operation: Sample) -> Entry:
         """Accept a sample; `seq_id` None takes the next free one. Overloaded if too many sequences wait, NotFound if
         the sampler's weights are gone, Ended."""
-        served = sampler.base_model in self._models  # else the sample waits in the ledger until it is
-        pending = self._models.get(sampler.base_model).desk.pending if served else 0
-        waiting = pending + self._arriving[sampler.base_model]
-        if waiting and waiting + operation.num_samples > self._max_pending:
-            raise Overloaded(
-                f"{waiting} sequences wait for {sampler.base_model} already and {self._max_pending} may; send the "
-                f"{operation.num_samples} of this request again later"
-            )
-        self._arriving[sampler.base_model] += operation.num_samples
+        self._make_sure_of_room(sampler, operation.num_samples)
+        arriving = self._arriving[sampler.base_model]
+        arriving[sampler.session_id] += operation.num_samples
         try:
             with self._keeper.in_use(sampler):
                 await self._sessions.heartbeat(sampler.session_id, sampler.owner)
                 await self._keeper.check(sampler)
                 return await self._accept(sampler, seq_id, operation)
         finally:
-            self._arriving[sampler.base_model] -= operation.num_samples
+            arriving[sampler.session_id] -= operation.num_samples
+            if not arriving[sampler.session_id]:
+                del arriving[sampler.session_id]
+
+    def _make_sure_of_room(self, sampler: SamplerRecord, sequences: int) -> None:
+        """Overloaded if more than `max_pending` sequences would wait and the session has its even share of them, or
+        twice as many whoever's they are. Alone, a request of any size has room."""
+        waiting = self._arriving[sampler.base_model].copy()
+        if sampler.base_model in self._models:  # else samples wait in the ledger until it is
+            waiting.update(self._models.get(sampler.base_model).desk.pending_of)
+        total, own = waiting.total(), waiting[sampler.session_id]
+        share = self._max_pending // len(waiting.keys() | {sampler.session_id})
+        is_full = total + sequences > self._max_pending and own + sequences > share
+        if total and (is_full or total + sequences > 2 * self._max_pending):
+            raise Overloaded(
+                f"{total} sequences wait for {sampler.base_model} already, {own} of them of this session, and "
+                f"{self._max_pending} may; send the {sequences} of this request again later"
+            )
 
     async def _accept(self, sampler: SamplerRecord, seq_id: int | None, operation: Sample) -> Entry:
         details = {NUM_SAMPLES: operation.num_samples} if operation.num_samples > 1 else {}

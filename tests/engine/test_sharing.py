@@ -1,0 +1,105 @@
+"""Training and sampling share one engine by its policy, counted on a clock that only their work moves."""
+
+from __future__ import annotations
+
+import queue
+import socket
+
+import numpy as np
+import pytest
+
+from tests.engine.sampler_requests import prompt_of, sample
+from tinkercloud.codec import decode, encode
+from tinkercloud.engine import process
+from tinkercloud.engine.messages import LENGTH_BYTES, Answer, Ask, CycleDone, FromEngine, RunCycle, Stop, frame_length
+from tinkercloud.engine.types import CreateModel, Datum, ForwardBackward, LoraConfig, LossOutput, SampleOutput
+
+MICRO_BATCH, STEP = 10, 1
+"""What they take on the clock."""
+
+DATUMS = 6
+"""Of a large forward_backward; each is a micro-batch."""
+
+
+@pytest.fixture
+def told(sampler_of, trainer_of, monkeypatch):
+    """Run an engine on the messages to its end: (what happened, in order: "train" and "step"; what it answered)."""
+    sampler, trainer = sampler_of("qwen3"), trainer_of("qwen3", token_budget=32)
+    happened: list[str] = []
+    run, step = trainer.run, sampler.step
+
+    def stepped():
+        happened.append("step")
+        return step()
+
+    def trained(operations, between):
+        def then():
+            happened.append("train")
+            between()
+
+        return run(operations, then)
+
+    def clock() -> float:
+        return MICRO_BATCH * happened.count("train") + STEP * happened.count("step")
+
+    monkeypatch.setattr(sampler, "step", stepped)
+    monkeypatch.setattr(trainer, "run", trained)
+    monkeypatch.setattr(process.time, "monotonic", clock)
+
+    def tell(*messages):
+        inbox = queue.SimpleQueue()
+        for message in (*messages, Stop()):
+            inbox.put(message)
+        ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**22)
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**22)
+        with ours, theirs:
+            process.Engine(trainer, sampler, theirs, inbox).serve()
+            theirs.shutdown(socket.SHUT_WR)
+            with ours.makefile("rb") as answers:
+                said = []
+                while header := answers.read(LENGTH_BYTES):
+                    said.append(decode(answers.read(frame_length(header)), FromEngine))
+        while sampler.busy:
+            step()
+        return happened, said
+
+    return tell
+
+
+def training(number: int = 0) -> RunCycle:
+    """A forward_backward of as many micro-batches as it has datums."""
+    random = np.random.default_rng(number)
+    data = tuple(
+        Datum(tokens.astype(np.int32), {"target_tokens": tokens, "weights": np.ones(30, np.float32)})
+        for tokens in random.integers(2, 100, (DATUMS, 30))
+    )
+    return RunCycle(1 + number, (encode(ForwardBackward("m", data, "cross_entropy")),))
+
+
+CREATE = RunCycle(0, (encode(CreateModel("m", LoraConfig(rank=4))),))
+
+
+def asked(count: int, max_tokens: int) -> list[Ask]:
+    requests = [sample(f"r{i}", prompt_of(i, 8), max_tokens=max_tokens, stop_tokens=()) for i in range(count)]
+    return [Ask(i, encode(request)) for i, request in enumerate(requests)]
+
+
+def test_a_large_batch_delays_a_token_by_one_micro_batch_at_most(told):
+    happened, said = told(CREATE, *asked(1, 150), training())
+    first, last = happened.index("train"), len(happened) - happened[::-1].index("train")
+    between = "".join(event[0] for event in happened[first:last])
+    assert between.count("t") == DATUMS and "tt" not in between, "tokens are drawn after each micro-batch"
+    assert {len(steps) for steps in between.split("t")[1:-1]} == {MICRO_BATCH // STEP}, "for as long as it took"
+    (_, done) = [message for message in said if isinstance(message, CycleDone)]
+    assert isinstance(done.results[0], LossOutput)
+
+
+def test_a_flood_of_samples_leaves_training_half_of_the_time(told):
+    happened, said = told(CREATE, *asked(120, 100), training(0), training(1))
+    ended = [message for message in said if isinstance(message, CycleDone)]
+    assert len(ended) == 3 and all(isinstance(one.results[0], LossOutput) for one in ended[1:])
+    first, last = happened.index("train"), len(happened) - happened[::-1].index("train")
+    train, steps = happened[first:last].count("train"), happened[first:last].count("step")
+    assert train == 2 * DATUMS and steps <= train * MICRO_BATCH // STEP
+    assert all(isinstance(one.result, SampleOutput) for one in said if isinstance(one, Answer))
