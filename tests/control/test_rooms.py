@@ -1,6 +1,7 @@
 """What two things at once must not do to each other."""
 
 import asyncio
+import re
 
 import numpy as np
 import pytest
@@ -111,6 +112,28 @@ def test_a_samplers_id_is_never_given_other_weights(shared):
             client.seq_id += 1
             entry = await service.runs.save_ephemeral_sampler(client.model, client.seq_id, 0)
             assert isinstance(await client.result(entry), expected)
+
+    shared(story)
+
+
+def test_a_sample_that_waits_for_a_place_says_so(shared):
+    async def story(service):
+        sampler = await service.samplers.unbound(OWNER, NANO, None)
+        prompt = np.arange(5, 9, dtype=np.int32)
+
+        def send(num_samples):
+            params = SamplingParams(max_tokens=1500, seed=1)
+            return service.samplers.sample(sampler, None, Sample("", sampler.sampler_id, prompt, params, num_samples))
+
+        places = service.models.get(NANO).engine.options.max_decode_batch
+        running, waiting = await send(places + 1), await send(2)
+        while (why := await service.futures.paused(waiting)) is None:
+            await asyncio.sleep(0.01)
+        assert re.match(rf"[23] sequences wait for {NANO}, which draws {places} at a time", why)
+        assert await service.futures.paused(running) is None
+        for sample in (running, waiting):
+            await service.samplers.cancel(sample.request_id, OWNER)
+            assert isinstance(await Client._finished(service, sample), Failure)
 
     shared(story)
 

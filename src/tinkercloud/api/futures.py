@@ -25,7 +25,8 @@ COMPLETIONS_SECONDS = 25
 @router.post("/retrieve_future", openapi_extra=body_of(wire.RetrieveFuture), response_model=None)
 async def retrieve_future(request: Request, service: ServiceOf, owner: Owner) -> Response:
     """The result of a request. Held while there is none, then 408 with `{"type": "try_again"}`: ask again at once.
-    Its `queue_state` is `paused_capacity`, with the reason, while the request's base model is not served.
+    Its `queue_state` is `paused_capacity`, with the reason, while the request's base model is not served, and for a
+    sample that has not begun because others run.
 
     A failure is 200 with `{"error", "category"}`. With `allow_metadata_only` a large result is announced by its size
     first. Results of samples, forward and forward_backward are protobuf if `Accept` says so, else everything is JSON.

@@ -40,11 +40,22 @@ class Futures:
     async def paused(self, entry: Entry) -> str | None:
         """Why an operation that has not ended does not go on for now, and what would let it; None if it does."""
         stream = await self._stream(entry)
-        if stream is None or stream.base_model in self._models:
+        if stream is None:
             return None
+        if stream.base_model in self._models:
+            return await self._waits_for_a_place(entry, stream.base_model) if entry.kind == "sample" else None
         return (
             f"base model {stream.base_model} is not served now; this request is kept and goes on when it is: "
             f"whoever runs the server can {how_to_serve(stream.base_model)}"
+        )
+
+    async def _waits_for_a_place(self, sample: Entry, base_model: str) -> str | None:
+        place = None if self._arrivals.closed else await self._models.get(base_model).desk.place(sample.request_id)
+        if place is None or place.has_begun:
+            return None
+        return (
+            f"{place.waiting} sequences wait for {base_model}, which draws {place.places} at a time; this sample "
+            "begins when its turn comes, after others of its session and beside those of other sessions"
         )
 
     async def acknowledge(self, sampler: SamplerRecord, request_ids: Iterable[str]) -> None:

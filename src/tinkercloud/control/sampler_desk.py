@@ -19,7 +19,7 @@ from tinkercloud.control.metering import tokens_of
 from tinkercloud.control.stability import is_recorded
 from tinkercloud.control.storage import Storage
 from tinkercloud.control.suspects import MAX_DEATHS, RETRY_SECONDS, SUSPECTS_TOGETHER
-from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, OpenSampler, Result
+from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, FindSample, OpenSampler, Place, Result
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.entries import CLIENT_SEQ_IDS
 from tinkercloud.ledger.ledger import Ledger
@@ -27,6 +27,9 @@ from tinkercloud.ledger.records import Entry, SamplerRecord
 from tinkercloud.ledger.timeline import Times
 
 log = logging.getLogger(__name__)
+
+PLACE_SECONDS = 1.0
+"""How long an engine may take to say where a sample stands: it may be busy with a batch."""
 
 NUM_SAMPLES = "num_samples"
 """The detail of an entry that says how many sequences it asks for; without it, one."""
@@ -110,6 +113,18 @@ class SamplerDesk:
                 await self._opened_in.ask(encode(CancelSample(request_id)))
             except EngineDied:
                 return  # gone with the engine, and it does not run again on the next one
+
+    async def place(self, request_id: str) -> Place | None:
+        """Where a sample stands in the engine; None if that is not known now."""
+        engine = self._opened_in
+        if request_id not in self._tasks or engine is None:
+            return None
+        try:
+            async with asyncio.timeout(PLACE_SECONDS):
+                found = await engine.ask(encode(FindSample(request_id)))
+        except (TimeoutError, EngineDied):
+            return None
+        return found if isinstance(found, Place) else None
 
     async def close(self, sampler_id: str) -> None:
         """Free a sampler's weights in the engine, when its last sample has ended; they stay on disk."""

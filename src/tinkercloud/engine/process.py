@@ -36,6 +36,7 @@ from tinkercloud.engine.types import (
     CancelSample,
     CloseSampler,
     EngineOptions,
+    FindSample,
     OpenSampler,
     OperationError,
     Sample,
@@ -126,6 +127,8 @@ class Engine:
                 self._send(Answer(ask.ask_id, self._sampler.close(operation)))
             case CancelSample():
                 self._send(Answer(ask.ask_id, self._sampler.cancel(operation)))
+            case FindSample():
+                self._send(Answer(ask.ask_id, self._sampler.find(operation)))
 
     def _send(self, message: CycleDone | Answer) -> None:
         self._socket.sendall(frame(message))

@@ -10,6 +10,7 @@ from tinkercloud.engine.types import (
     BaseModelInfo,
     CancelSample,
     CloseSampler,
+    FindSample,
     OpenSampler,
     Result,
     Sample,
@@ -51,6 +52,8 @@ class Sampler(Protocol):
         ...
 
     def cancel(self, operation: CancelSample) -> Result: ...
+
+    def find(self, operation: FindSample) -> Result: ...
 
     @property
     def busy(self) -> bool:

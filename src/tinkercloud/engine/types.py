@@ -275,7 +275,13 @@ class CancelSample(Struct, frozen=True, tag="cancel_sample"):
     request_id: str
 
 
-SampleOperation = OpenSampler | CloseSampler | Sample | CancelSample
+class FindSample(Struct, frozen=True, tag="find_sample"):
+    """Ask whether a sample has begun. Result: `Place`."""
+
+    request_id: str
+
+
+SampleOperation = OpenSampler | CloseSampler | Sample | CancelSample | FindSample
 Operation = TrainOperation | SampleOperation
 
 
@@ -356,6 +362,17 @@ class SampleOutput(Struct, frozen=True, tag="sampled"):
     prompt_alt_tokens: AltTokens | None = None
 
 
+class Place(Struct, frozen=True, tag="place"):
+    """Where a sample stands."""
+
+    has_begun: bool
+    """Also of one that has ended, or is not known."""
+    waiting: int
+    """Sequences that wait, its own among them."""
+    places: int
+    """Sequences that run together."""
+
+
 class Failure(Struct, frozen=True, tag="failure"):
     """The operation did not happen. `category` as the SDK's RequestErrorCategory: "user" if the caller can mend it."""
 
@@ -363,7 +380,7 @@ class Failure(Struct, frozen=True, tag="failure"):
     category: Literal["user", "server", "unknown"]
 
 
-Result = Done | LossOutput | StepOutput | SaveOutput | LoadOutput | SampleOutput | Failure
+Result = Done | LossOutput | StepOutput | SaveOutput | LoadOutput | SampleOutput | Place | Failure
 
 
 # ---------------------------------------------------------------- the engine itself

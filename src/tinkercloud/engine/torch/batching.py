@@ -65,6 +65,10 @@ class ContinuousBatch:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def num_waiting(self) -> int:
+        return sum(self._waiting.lengths.values())
+
     def add(self, request: Request) -> None:
         """Let a request's sequences wait for their turn."""
         self._waiting.add(request, self._running)

@@ -34,8 +34,10 @@ from tinkercloud.engine.types import (
     Done,
     EngineOptions,
     Failure,
+    FindSample,
     OpenSampler,
     OperationError,
+    Place,
     Result,
     Sample,
 )
@@ -161,6 +163,12 @@ class TorchSampler:
         if request is not None:
             self._fail(request, Failure("the sample was cancelled", "user"))
         return Done()
+
+    def find(self, operation: FindSample) -> Place:
+        """Whether a request has begun, and how many sequences wait."""
+        request = self._requests.get(operation.request_id)
+        begun = request is None or any(one.pages or one.generated for one in request.sequences)
+        return Place(begun, self._batch.num_waiting, self._batch.max_sequences)
 
     @property
     def busy(self) -> bool:
