@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def told(sampler_of, trainer_of, monkeypatch):
 
     monkeypatch.setattr(sampler, "step", stepped)
     monkeypatch.setattr(trainer, "run", trained)
-    monkeypatch.setattr(process.time, "monotonic", clock)
+    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=clock))
 
     def tell(*messages):
         inbox = queue.SimpleQueue()
