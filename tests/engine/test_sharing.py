@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.engine.examples import VOCAB
 from tests.engine.sampler_requests import prompt_of, sample
 from tinkercloud.codec import decode, encode
 from tinkercloud.engine import process
@@ -73,7 +74,7 @@ def training(number: int = 0) -> RunCycle:
     random = np.random.default_rng(number)
     data = tuple(
         Datum(tokens.astype(np.int32), {"target_tokens": tokens, "weights": np.ones(30, np.float32)})
-        for tokens in random.integers(2, 100, (DATUMS, 30))
+        for tokens in random.integers(2, VOCAB, (DATUMS, 30))
     )
     return RunCycle(1 + number, (encode(ForwardBackward("m", data, "cross_entropy")),))
 
