@@ -46,7 +46,7 @@ def told(sampler_of, trainer_of, monkeypatch):
 
     monkeypatch.setattr(sampler, "step", stepped)
     monkeypatch.setattr(trainer, "run", trained)
-    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=clock, time=clock))
 
     def tell(*messages):
         inbox = queue.SimpleQueue()

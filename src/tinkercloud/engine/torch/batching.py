@@ -1,15 +1,15 @@
 """Continuous batching: which sequences run in the next step, and which pages they hold. Knows no model.
 
 Tenants share the places evenly (`waiting.py`); the requests of one wait in the order of their arrival. A tenant that
-waits and has less than its share gets a place at once: of the tenant that has most, the sequence that has computed least
-gives its place back. When pages run out, the newest running sequence gives its pages back. Either waits before its
-tenant's others and later computes its pages again. The oldest can always go on, because the cache holds at least one
-sequence of the greatest length.
+waits and has less than its share gets a place at once: of the tenant that has most, the sequence that has computed
+least gives its place back. When pages run out, the newest running sequence gives its pages back. Either waits before
+its tenant's others and later computes its pages again. The oldest can always go on, because the cache holds at least
+one sequence of the greatest length.
 
 A step has one token of each sequence that decodes, and PREFILL_BUDGET tokens of prompts at most, so that the time
 between two tokens is bounded however many prompts wait. The prompt that was admitted first has its chunk in every step,
-so that it is done after a known number of them; what it leaves of the budget goes to the tenants that were served least,
-and of their prompts to those with the least left to do, so that a short prompt does not wait for long ones.
+so that it is done after a known number of them; what it leaves of the budget goes to the tenants that were served
+least, and of their prompts to those with the least left to do, so that a short prompt does not wait for long ones.
 
 A prompt's pages are kept for others that begin alike (`prefix_cache`). A sequence that would find much of its prompt in
 the cache if it waited for one that is running lets others pass meanwhile: samples of one prompt, whether of one request

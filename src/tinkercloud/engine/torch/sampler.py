@@ -20,8 +20,8 @@ from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, 
 from tinkercloud.engine.torch.lora import AdapterWeights, LoraBatch, SampledLora, Segment
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.paged_attention import PagedAttention
-from tinkercloud.engine.torch.prompt_scoring import check_scoring
 from tinkercloud.engine.torch.prefix_cache import Namespace
+from tinkercloud.engine.torch.prompt_scoring import check_scoring
 from tinkercloud.engine.torch.quarantine import Quarantine
 from tinkercloud.engine.torch.sampler_memory import memory_of
 from tinkercloud.engine.torch.sampling import check_params, draw, top_logprobs
@@ -135,7 +135,11 @@ class TorchSampler:
         """A sampler that is open with the same weights, to be the same: they are held once, and so are its prompts."""
         mutable = set(map(id, self._shared.values()))
         for sampler in self._samplers.values():
-            if id(sampler) not in mutable and sampler.folder == folder and (adapter is None or adapter.equal(sampler.adapter)):
+            if (
+                id(sampler) not in mutable
+                and sampler.folder == folder
+                and (adapter is None or adapter.equal(sampler.adapter))
+            ):
                 return sampler
         return None
 
