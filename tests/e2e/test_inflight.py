@@ -9,7 +9,10 @@ PROMPT = types.ModelInput.from_ints(list(range(5, 15)))
 def train(training) -> None:
     inputs = {"target_tokens": list(range(6, 16)), "weights": [1.0] * 10}
     datum = types.Datum(model_input=PROMPT, loss_fn_inputs=inputs)
-    batch, step = training.forward_backward([datum], "cross_entropy"), training.optim_step(types.AdamParams(1e-2))
+    batch, step = (
+        training.forward_backward([datum], "cross_entropy"),
+        training.optim_step(types.AdamParams(learning_rate=1e-2)),
+    )
     batch.result()
     step.result()
 

@@ -161,7 +161,7 @@ def test_clients_that_join_a_sampler_get_their_own_results(server, run):
 def test_a_sample_that_nobody_waits_for_is_cancelled(server, run):
     sampler = run.service.create_sampling_client(base_model=NANO).result(PATIENCE)
     before, accepted = counted(server, "cancel_future 200"), counted(server, "asample 200")
-    sample = sampler.sample(PROMPT, 1, types.SamplingParams(max_tokens=1500, stop=[]))
+    sample = sampler.sample(PROMPT, 64, types.SamplingParams(max_tokens=1500, stop=[]))
     deadline = time.monotonic() + PATIENCE
     while counted(server, "asample 200") == accepted:
         assert time.monotonic() < deadline
