@@ -3,6 +3,8 @@
 # make chaos   engines and servers killed at random moments and at each write of a training run, for half an hour
 # make fuzz    random requests: FUZZ_SCALE times as many as the suite sends, and each time others
 # make bench   speed and memory, beside torch + PEFT by hand
+# make test-engines               the engine's tests, with those that are too slow for every day
+# make test-engines DEVICE=cuda   those of them that can run on another device (or DTYPE=bfloat16 on the CPU)
 # Each makes the virtual environments that it needs, once; constraints*.txt say what is in them.
 
 PYTHON ?= python3
@@ -13,7 +15,11 @@ export OMP_WAIT_POLICY := passive
 
 ENVIRONMENTS := .venv .venv-clients .venv-quickstart .venv-sdk-0.34 .venv-sdk-0.22
 
-.PHONY: demo test chaos fuzz bench lint docs environments packages constraints clean
+# Of make test-engines: where the base models of the tests marked "device" run, and in what type.
+DEVICE ?= cpu
+DTYPE ?= $(if $(filter cpu,$(DEVICE)),float32,bfloat16)
+
+.PHONY: demo test test-engines chaos fuzz bench lint docs environments packages constraints clean
 
 demo: .venv/.made
 	@$(BIN)/tinkercloud demo
@@ -33,6 +39,10 @@ CHAOS_KILLS ?= 100
 chaos: .venv/.made packages
 	$(BIN)/python -m tests.chaos kills --kills $(CHAOS_KILLS) $(CHAOS_OPTIONS)
 	$(BIN)/python -m tests.chaos faults
+
+test-engines: .venv/.made
+	TINKERCLOUD_TEST_DEVICE=$(DEVICE) TINKERCLOUD_TEST_DTYPE=$(DTYPE) $(BIN)/python -m pytest tests/engine \
+		-m "$(if $(filter cpu-float32,$(DEVICE)-$(DTYPE)),slow or not slow,device)"
 
 bench: .venv/.made
 	@$(BIN)/python -m bench

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.postgresql import PostgreSQL
+
+if os.environ.get("TINKERCLOUD_TEST_DEVICE", "cpu") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # The suite's numbers are those of the CPU in float32, also beside a GPU.
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from tests.engine.examples import VOCAB
+from tests.engine.precision import DEVICE, DTYPE
 from tinkercloud.engine.torch import batching
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.sampler import TorchSampler
@@ -65,13 +66,13 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base_model(model_folder):
-    """family -> its `BaseModel` in float32 on the CPU, shared by all tests (it is frozen)."""
+    """family -> its `BaseModel`, shared by all tests (it is frozen); see `precision`."""
     models: dict[str, BaseModel] = {}
 
     def model_of(family: str) -> BaseModel:
         if family not in models:
             folder = str(model_folder(family))
-            models[family] = BaseModel.load(EngineOptions(name=family, source=folder, device="cpu", max_rank=32))
+            models[family] = BaseModel.load(EngineOptions(family, folder, device=DEVICE, dtype=DTYPE, max_rank=32))
         return models[family]
 
     return model_of

@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.engine.precision import rounded
 from tinkercloud.engine.types import Datum
 
 
 def load_plain(folder: Path):
     """The base model with eager attention, in float32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return rounded(model).eval()
 
 
 def load_peft(folder: Path, adapter_folder: Path, trainable: bool = False) -> PeftModel:

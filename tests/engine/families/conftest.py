@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from tests.engine.examples import VOCAB
+from tests.engine.precision import DEVICE, DTYPE
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.types import EngineOptions
 
@@ -115,6 +116,11 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 
 
+def every_day(*families: str) -> list:
+    """All families, of which only these are run outside of `make test-engines`."""
+    return [pytest.param(name, marks=() if name in families else pytest.mark.slow) for name in FAMILIES]
+
+
 def _save(family: str, folder: Path) -> Path:
     """Write a random model to `folder`, the same one every time; nothing in it is exactly zero or one."""
     torch.manual_seed(1234)
@@ -143,13 +149,13 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base_model(model_folder):
-    """family -> its `BaseModel` in float32 on the CPU, shared by all tests (it is frozen)."""
+    """family -> its `BaseModel`, shared by all tests (it is frozen); see `precision`."""
     models: dict[str, BaseModel] = {}
 
     def model_of(family: str) -> BaseModel:
         if family not in models:
             folder = str(model_folder(family))
-            models[family] = BaseModel.load(EngineOptions(name=family, source=folder, device="cpu", max_rank=32))
+            models[family] = BaseModel.load(EngineOptions(family, folder, device=DEVICE, dtype=DTYPE, max_rank=32))
         return models[family]
 
     return model_of

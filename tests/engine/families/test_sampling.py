@@ -8,11 +8,22 @@ import numpy as np
 import pytest
 import torch
 from msgspec import structs
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from tests.engine import reference
 from tests.engine.examples import VOCAB, forward_backward, run, shaken
+from tests.engine.families.conftest import every_day
+from tests.engine.precision import EXACT, assert_logprobs
 from tinkercloud.engine.torch import batching
 from tinkercloud.engine.torch.sampler import TorchSampler
+from tinkercloud.engine.torch.trainer import TorchTrainer
 from tinkercloud.engine.types import (
     Datum,
     Done,
@@ -26,15 +37,46 @@ from tinkercloud.engine.types import (
 
 RANKS = {"one": 8, "two": 3}
 LENGTHS = [1, 9, 26, 40, 9]
+_SCARCE = {"deepseek_v3": 1 << 15}
+"""Bytes in which not all have room: where a token's latents are all that is kept of it, there is room for more."""
+
+
+@pytest.fixture(scope="session")
+def adapters_of(base_model, tmp_path_factory):
+    """family -> (trainer, folder of each adapter's weights); tests only look at them."""
+    made: dict[str, tuple[TorchTrainer, dict[str, str]]] = {}
+
+    def of(family: str) -> tuple[TorchTrainer, dict[str, str]]:
+        if family not in made:
+            trainer = TorchTrainer(base_model(family), EngineOptions(name=family, source=""))
+            folder = tmp_path_factory.mktemp("sampled")
+            for name, rank in RANKS.items():
+                run(trainer, *shaken(name, rank), SaveWeights(name, str(folder / name)))
+            made[family] = trainer, {name: str(folder / name) for name in RANKS}
+        return made[family]
+
+    return of
 
 
 @pytest.fixture
-def adapters(family, trainer_of, tmp_path):
+def adapters(family, adapters_of):
     """(trainer, folder of each adapter's weights)"""
-    trainer = trainer_of(family)
-    for name, rank in RANKS.items():
-        run(trainer, *shaken(name, rank), SaveWeights(name, str(tmp_path / name)))
-    return trainer, {name: str(tmp_path / name) for name in RANKS}
+    return adapters_of(family)
+
+
+@pytest.fixture(scope="session")
+def plain_of(model_folder, adapters_of):
+    """(family, name of an adapter or "base") -> the model of transformers, with PEFT."""
+    models = {}
+
+    def of(family: str, name: str):
+        if (family, name) not in models:
+            folder = model_folder(family)
+            adapter = adapters_of(family)[1].get(name)
+            models[family, name] = reference.load_peft(folder, adapter) if adapter else reference.load_plain(folder)
+        return models[family, name]
+
+    return of
 
 
 @pytest.fixture
@@ -59,14 +101,14 @@ def sampler_of(family, base_model, adapters, monkeypatch):
         assert (sampler.pages_used, sampler.states_used) == (0, 0)
 
 
-def _requests(temperature: float, max_tokens: int, **options) -> list[Sample]:
-    """Some of each sampler's, of ragged lengths."""
+def _requests(params: SamplingParams, **options) -> list[Sample]:
+    """Some of each sampler's, of ragged lengths; each with a seed of its own, some of more tokens."""
     return [
         Sample(
             f"{name}-{place}",
             name,
             np.random.default_rng(place).integers(2, VOCAB, length).astype(np.int32),
-            SamplingParams(max_tokens=max_tokens + place, seed=place, temperature=temperature),
+            structs.replace(params, max_tokens=params.max_tokens + place, seed=place),
             **options,
         )
         for name in ("base", *RANKS)
@@ -87,30 +129,77 @@ def _run(sampler: TorchSampler, requests: list[Sample]) -> dict[str, SampleOutpu
         results.update(sampler.step())
 
 
-def test_greedy_is_generate_while_sequences_join_and_leave(family, sampler_of, adapters, model_folder):
-    requests = _requests(0.0, 8)
-    results = _run(sampler_of(), requests)
+class _Draw(LogitsProcessor):
+    """What `seed` draws, by the definition: number i of the stream Philox(seed, sample index) picks token i, the first
+    at which the cumulative probability passes it."""
+
+    def __init__(self, seed: int) -> None:
+        self._uniforms = np.random.Generator(np.random.Philox(key=np.array([seed, 0], np.uint64)))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = scores[0].double().softmax(-1).cumsum(-1).numpy()
+        chosen = np.searchsorted(cumulative, self._uniforms.random() * cumulative[-1], side="right")
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([chosen]), 0.0)
+
+
+def _processors(params: SamplingParams) -> LogitsProcessorList:
+    """transformers' own, in the order in which `generate` has them, and the draw."""
+    if params.temperature == 0:
+        return LogitsProcessorList()
+    own = [TemperatureLogitsWarper(params.temperature), TopKLogitsWarper(params.top_k), TopPLogitsWarper(params.top_p)]
+    return LogitsProcessorList([*own, _Draw(params.seed)])
+
+
+def _assert_nearly_greedy(model, prompt: np.ndarray, drawn: np.ndarray) -> None:
+    """In bfloat16, the likeliest tokens but for what rounding takes for one."""
+    tokens = np.concatenate([prompt, drawn])
+    with torch.no_grad():
+        rows = reference.logits(model, tokens)[len(prompt) - 1 : -1].log_softmax(-1)
+    chosen = rows.gather(1, torch.from_numpy(drawn.astype(np.int64))[:, None])[:, 0]
+    assert_logprobs(chosen, rows.amax(-1))
+
+
+GREEDY = SamplingParams(max_tokens=8, seed=0, temperature=0.0)
+SEEDED = SamplingParams(max_tokens=8, seed=0, temperature=0.8, top_k=20, top_p=0.9)
+
+
+@pytest.mark.device
+def test_greedy_is_generate_while_sequences_join_and_leave(family, sampler_of, plain_of):
+    _assert_generated(_requests(GREEDY), sampler_of(), plain_of, family)
+
+
+@pytest.mark.parametrize("family", every_day("qwen3", "gpt_oss", "deepseek_v3", "qwen3_5"))
+def test_seeded_draws_are_generates_with_the_same_numbers(family, sampler_of, plain_of):
+    _assert_generated(_requests(SEEDED), sampler_of(), plain_of, family)
+
+
+def _assert_generated(requests: list[Sample], sampler: TorchSampler, plain_of, family: str) -> None:
+    results = _run(sampler, requests)
     for name, group in itertools.groupby(requests, key=lambda request: request.sampler_id):
-        folder = model_folder(family)
-        model = reference.load_plain(folder) if name == "base" else reference.load_peft(folder, adapters[1][name])
+        model = plain_of(family, name)
         for request in group:
             (sequence,) = results[request.request_id].sequences
+            if not EXACT:
+                _assert_nearly_greedy(model, request.prompt, sequence.tokens)
+                continue
             prompt = torch.from_numpy(request.prompt.astype(np.int64))[None]
             expected = model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
                 max_new_tokens=request.params.max_tokens,
                 do_sample=False,
+                logits_processor=_processors(request.params),
                 pad_token_id=0,
                 eos_token_id=-1,
             )
             assert sequence.tokens.tolist() == expected[0, len(request.prompt) :].tolist()
 
 
+@pytest.mark.device
 def test_what_a_sample_says_is_what_training_computes(family, adapters, sampler_of):
     """Log-probabilities of drawn tokens and of the prompt's, of interrupted sequences too."""
-    sampler = sampler_of(kv_cache_bytes=1 << 17, max_decode_batch=12)
-    requests = _requests(1.0, 30, prompt_logprobs=True, num_samples=2)[len(LENGTHS) :]
+    sampler = sampler_of(kv_cache_bytes=_SCARCE.get(family, 1 << 17), max_decode_batch=12)
+    requests = _requests(SamplingParams(max_tokens=30, seed=0), prompt_logprobs=True, num_samples=2)[len(LENGTHS) :]
     results = _run(sampler, requests)
     assert sampler.preemptions > 0
     for request, index in itertools.product(requests, range(2)):
@@ -120,7 +209,7 @@ def test_what_a_sample_says_is_what_training_computes(family, adapters, sampler_
         datum.inputs["weights"] = np.ones(len(datum.tokens), np.float32)
         (output,) = run(adapters[0], forward_backward(request.sampler_id, [datum], forward_only=True))
         said = np.concatenate([results[request.request_id].prompt_logprobs[1:], sequence.logprobs])
-        np.testing.assert_allclose(said, output.outputs[0]["logprobs"], atol=1e-5, rtol=0)
+        assert_logprobs(said, output.outputs[0]["logprobs"])
 
 
 def _assert_same_bits(result: SampleOutput, other: SampleOutput) -> None:
@@ -129,11 +218,11 @@ def _assert_same_bits(result: SampleOutput, other: SampleOutput) -> None:
         np.testing.assert_array_equal(one.logprobs, two.logprobs)
 
 
-def test_a_sample_has_the_same_bits_whatever_else_there_is(sampler_of):
+def test_a_sample_has_the_same_bits_whatever_else_there_is(family, sampler_of):
     """Alone, in a crowd, interrupted, with its prompt kept from before, and with its prompt scored."""
-    requests = _requests(1.0, 30, num_samples=2)
+    requests = _requests(SamplingParams(max_tokens=30, seed=0), num_samples=2)
     scored = [structs.replace(request, prompt_logprobs=True) for request in requests]
-    tight, roomy = sampler_of(kv_cache_bytes=1 << 17, max_decode_batch=12), sampler_of()
+    tight, roomy = sampler_of(kv_cache_bytes=_SCARCE.get(family, 1 << 17), max_decode_batch=12), sampler_of()
     expected = _run(roomy, scored)
     for sampler, asked in ((roomy, requests), (tight, scored)):
         for name, result in _run(sampler, asked).items():

@@ -1,15 +1,15 @@
 """From operations to packed micro-batches.
 
-An operation's datums are put in order of their length and cut into *tiles* of whole datums; a micro-batch is any set of
-tiles that fits the token budget. All sums over tokens (LoRA's weight gradients) run within a datum, and an operation's
-datums are added in their order. So its numbers depend neither on who shares its micro-batches nor on where those were
-cut.
+An operation's datums are put in order of their length and contents and cut into *tiles* of whole datums; a
+micro-batch is any set of tiles that fits the token budget. All sums over tokens (LoRA's weight gradients) run within a
+datum, and an operation's datums are added in that order. So its numbers depend neither on who shares its micro-batches,
+nor on where those were cut, nor on the order in which the datums were sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from math import gcd
 
 import numpy as np
@@ -75,8 +75,18 @@ def _target_rows(end: int, target: np.ndarray) -> np.ndarray:
 
 
 def by_length(data: Sequence[Datum], indices: Sequence[int]) -> list[int]:
-    """Places in `data`, shortest datum first, the earlier one of two that are equally long."""
-    return sorted(indices, key=lambda index: (data[index].num_tokens, index))
+    """Places in `data`, shortest datum first. What two of one length hold decides which comes first, so that a sum over
+    datums does not depend on the order in which they were sent."""
+    ordered: list[int] = []
+    for _, same in groupby(sorted(indices, key=lambda index: data[index].num_tokens), lambda i: data[i].num_tokens):
+        equals = list(same)
+        ordered += sorted(equals, key=lambda index: _contents(data[index])) if len(equals) > 1 else equals
+    return ordered
+
+
+def _contents(datum: Datum) -> tuple[bytes, ...]:
+    """What a datum is, to be compared with others' of its length."""
+    return datum.tokens.tobytes(), *(datum.inputs[name].tobytes() for name in sorted(datum.inputs))
 
 
 def tiles_of(data: Sequence[Datum], token_budget: int, input_names: Sequence[str]) -> list[Tile]:
