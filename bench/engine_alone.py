@@ -44,8 +44,9 @@ LORA = LoraConfig(rank=RANK, alpha=ALPHA)
 class EngineAlone:
     """A trainer with one adapter (and more where tenants are asked for), and the first one's weights in a sampler."""
 
-    def __init__(self, folder: str) -> None:
-        options = EngineOptions(name="bench", source=folder)
+    def __init__(self, folder: str, **options: Any) -> None:
+        """`options`: of the engine, its own if there are none."""
+        options = EngineOptions(name="bench", source=folder, **options)
         model = BaseModel.load(options)
         self._trainer, self._sampler = TorchTrainer(model, options), TorchSampler(model, options)
         self._tenants: set[str] = set()

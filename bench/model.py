@@ -20,6 +20,10 @@ class Shape:
     layers: int
     vocabulary: int
     head_dim: int = 64
+    groups: int = 2
+    """Query heads that share a key head."""
+    tied: bool = True
+    """Whether the unembedding is the embedding."""
 
     @property
     def heads(self) -> int:
@@ -32,7 +36,7 @@ class Shape:
     @property
     def linears(self) -> list[tuple[int, int]]:
         """(in, out) of each linear layer, the unembedding included."""
-        hidden, keys = self.hidden, self.hidden // 2
+        hidden, keys = self.hidden, self.hidden // self.groups
         attention = [(hidden, hidden), (hidden, keys), (hidden, keys), (hidden, hidden)]
         mlp = [(hidden, self.intermediate)] * 2 + [(self.intermediate, hidden)]
         return (attention + mlp) * self.layers + [(hidden, self.vocabulary)]
@@ -45,10 +49,15 @@ class Shape:
 
 SMALL = Shape("bench/qwen3-4m", "4m", hidden=256, layers=4, vocabulary=4096)
 MIDDLE = Shape("bench/qwen3-30m", "30m", hidden=512, layers=8, vocabulary=8192)
+LARGE = Shape(
+    "bench/qwen3-8b", "8b", hidden=4096, layers=36, vocabulary=151_936, head_dim=128, groups=4, tied=False
+)  # fmt: skip
+"""Qwen3-8B's, for `bench.device`."""
 
 
-def make_model(shape: Shape, folder: Path) -> Path:
-    """Write the model (no tokenizer: clients send token ids) in transformers' form, the same one each time."""
+def make_model(shape: Shape, folder: Path, device: str = "cpu", dtype: str = "float32") -> Path:
+    """Write the model (no tokenizer: clients send token ids) in transformers' form, the same one each time. `device`
+    makes the random numbers."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.utils import logging
@@ -61,13 +70,15 @@ def make_model(shape: Shape, folder: Path) -> Path:
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads // 2,
+        num_key_value_heads=shape.heads // shape.groups,
         head_dim=shape.head_dim,
         max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         bos_token_id=0,
         eos_token_id=0,
-        dtype="float32",
+        dtype=dtype,
     )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    with torch.device(device):
+        model = Qwen3ForCausalLM._from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
     return folder

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from bench import report
+from bench import device, report
 from bench.by_hand import ByHand
 from bench.competitor import Competitor
 from bench.data import BATCHES, token_rows
@@ -121,6 +121,24 @@ def test_the_table_and_the_json_say_the_same():
     assert results["measurements"]["fast"]["value"] == 2.0 and results["measurements"]["fast"]["met"]
     assert not results["measurements"]["big"]["met"]
     assert results["competitor"] == {"step": {"threads": 1}}
+
+
+def test_one_device_is_measured_without_a_server(tmp_path, capsys):
+    """What a GPU will be measured with, on the CPU."""
+    sizes = dict(sequences=2, tokens=8, samples=2, new_tokens=3, token_budget=64)
+    tenants, file = [1, 2], tmp_path / "device.json"
+    device.main("cpu", "float32", "4m", tenants, **sizes, peak_tflops=0.5, repeat=2, output=file)
+    results = json.loads(file.read_text())
+    one, two, sampling = results["readings"]
+    assert [reading["what"].endswith(own) for reading, own in ((one, "1 tenant"), (two, "2 tenants"))] == [True] * 2
+    # 16 tokens, 3.1 million weights and the unembedding's one million: 4 FLOP each, and the adapter's of rank 16.
+    flop = SMALL.product_flop(16, 16)
+    assert 16 * 4 * 4.1e6 < flop < 16 * 4 * 6e6
+    for reading in (one, two):
+        assert reading["tokens_per_second"] == pytest.approx(16 / reading["seconds"])
+        assert reading["mfu"] == pytest.approx(flop / reading["seconds"] / 0.5e12)
+    assert sampling["tokens_per_second"] == pytest.approx(6 / sampling["seconds"])
+    assert results["settings"]["peak_is"] == "given" and "MFU" in capsys.readouterr().out
 
 
 def test_measurements_have_distinct_names():
