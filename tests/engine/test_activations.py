@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,15 @@ from tests.engine.examples import forward_backward, gradient_of, make_datum, run
 from tinkercloud.engine.torch.activations import Storages
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import ActivationMemory, CreateModel, EngineOptions, LoraConfig, LossOutput
+from tinkercloud.engine.types import (
+    ActivationMemory,
+    CreateModel,
+    EngineOptions,
+    LoraConfig,
+    LossOutput,
+    OperationError,
+)
+from tinkercloud.engine.validation import check_memory
 
 DATA = [make_datum(1, 60), make_datum(2, 23, several=3), make_datum(3, 23, several=3), make_datum(4, 1, several=3)]
 LONG = [make_datum(5, 200, targets=120)]
@@ -109,17 +118,18 @@ def deep_folder(tmp_path_factory):
     return folder
 
 
-def peak_of(folder, data, activation_bytes: int = 0) -> tuple[int, ActivationMemory]:
+def peak_of(folder, data, activation_bytes: int = 0, **how) -> tuple[int, ActivationMemory]:
     """Most bytes that a forward_backward holds besides gradients and logits, and what was said about them."""
     options = EngineOptions("deep", str(folder), device="cpu", max_rank=2, activation_bytes=activation_bytes)
     trainer = TorchTrainer(BaseModel.load(options), options)
     run(trainer, CreateModel("m", LoraConfig(rank=2)))
     with Peak() as peak:
-        (result,) = run(trainer, forward_backward("m", data))
+        (result,) = run(trainer, forward_backward("m", data, **how))
     assert isinstance(result, LossOutput)
     rows = min(sum(datum.num_tokens for datum in data), max(trainer.info.activations.tokens, data[0].num_tokens))
     logits = 2 * rows * trainer.info.vocab_size * 4
-    return peak.bytes - gradient_of(trainer, "m").nbytes - logits, trainer.info.activations
+    gradient = gradient_of(trainer, "m")
+    return peak.bytes - (0 if gradient is None else gradient.nbytes) - logits, trainer.info.activations
 
 
 def test_a_pass_takes_about_what_was_measured(deep_folder):
@@ -138,3 +148,25 @@ def test_a_long_datum_takes_less_when_its_layers_run_again(deep_folder):
     assert memory.per_token_recomputed < memory.per_token / 2
     again, _ = peak_of(deep_folder, LONG, 200 * memory.per_token_recomputed)
     assert again < whole / 2 and again < 1.05 * 200 * memory.per_token_recomputed
+
+
+def test_a_forward_pass_takes_no_more_than_is_said(deep_folder):
+    peak, memory = peak_of(deep_folder, LONG, forward_only=True)
+    assert 0.2 < peak / (200 * memory.per_token_forward) < 1
+    assert memory.per_token_forward < memory.per_token_recomputed
+
+
+def test_a_datum_whose_pass_would_not_fit_is_refused_with_the_numbers(trainer_with):
+    info = trainer_with("qwen3").info
+    memory = info.activations
+    tight = structs.replace(info, activations=structs.replace(memory, budget=100 * memory.per_token_forward))
+    check_memory(forward_backward("m", [make_datum(1, 100)], forward_only=True), tight)
+    numbers = (
+        f"101 tokens needs {101 * memory.per_token_forward:,} bytes .* gives it {100 * memory.per_token_forward:,} "
+    )
+    with pytest.raises(OperationError, match=f"datum 1: the forward pass of {numbers}.*at most 100 tokens fit"):
+        check_memory(forward_backward("m", [make_datum(1, 9), make_datum(2, 101)], forward_only=True), tight)
+    with pytest.raises(
+        OperationError, match=r"datum 0: the backward pass of 100 tokens .* even if layers are run again"
+    ):
+        check_memory(forward_backward("m", [make_datum(1, 100)]), tight)

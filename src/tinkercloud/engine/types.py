@@ -387,7 +387,7 @@ Result = Done | LossOutput | StepOutput | SaveOutput | LoadOutput | SampleOutput
 
 
 class ActivationMemory(Struct, frozen=True):
-    """What a backward pass needs of its forward pass."""
+    """What passes take: what a backward pass needs of its forward pass, and a forward pass alone."""
 
     budget: int
     """Bytes for it."""
@@ -395,6 +395,8 @@ class ActivationMemory(Struct, frozen=True):
     """Bytes that it takes, measured when the model was loaded."""
     per_token_recomputed: int
     """Bytes that it takes if layers keep only their inputs and are run again."""
+    per_token_forward: int = 0
+    """Bytes of a pass that keeps nothing; 0 is not known."""
 
     @property
     def tokens(self) -> int:
@@ -405,6 +407,10 @@ class ActivationMemory(Struct, frozen=True):
     def tokens_recomputed(self) -> int:
         """How many fit together if layers are run again: a longer datum cannot be trained on."""
         return self.budget // self.per_token_recomputed
+
+    def needed(self, tokens: int, *, backward: bool) -> int:
+        """Bytes for a datum of so many tokens, with a backward pass at least."""
+        return tokens * (self.per_token_recomputed if backward else self.per_token_forward)
 
 
 Quantization = Literal["none", "8bit", "4bit"]

@@ -35,20 +35,22 @@ def check_forward_backward(operation: ForwardBackward, info: BaseModelInfo) -> N
 
 
 def check_memory(operation: ForwardBackward, info: BaseModelInfo) -> None:
-    """OperationError, with the numbers, names a datum whose backward pass would not fit into memory.
+    """OperationError, with the numbers, names a datum that would not fit into memory.
 
     To be asked when an operation is accepted, not when it is run again: the limit may be another by then.
     """
     memory = info.activations
-    if memory is None or operation.forward_only:
+    if memory is None:
         return
+    backward = not operation.forward_only
+    what, anyway = ("backward", " even if layers are run again") if backward else ("forward", "")
     for index, datum in enumerate(operation.data):
-        if datum.num_tokens > memory.tokens_recomputed:
-            needed = datum.num_tokens * memory.per_token_recomputed
+        needed = memory.needed(datum.num_tokens, backward=backward)
+        if needed > memory.budget:
             raise OperationError(
-                f"datum {index}: the backward pass of {datum.num_tokens} tokens needs {needed:,} bytes on {info.name} "
-                f"even if layers are run again, and the server gives it {memory.budget:,} (activation_bytes); at most "
-                f"{memory.tokens_recomputed} tokens fit"
+                f"datum {index}: the {what} pass of {datum.num_tokens} tokens needs {needed:,} bytes on {info.name}"
+                f"{anyway}, and the server gives it {memory.budget:,} (activation_bytes); at most "
+                f"{memory.budget * datum.num_tokens // needed} tokens fit"
             )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinkercloud.engine.torch import attention
 from tinkercloud.engine.torch.activations import _bytes_per_token
 from tinkercloud.engine.torch.attention import PackedAttention
 from tinkercloud.engine.torch.lora import BASE_ONLY
@@ -42,6 +43,41 @@ def test_a_pass_makes_one_mask_for_all_layers(family, base_model):
     with Masks() as masks, torch.no_grad():
         model.hidden_states(positions, positions, PackedAttention([20]), BASE_ONLY)
     assert masks.count == 1
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that an operator made."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor):
+            self.numbers = max(self.numbers, output.untyped_storage().nbytes() // output.itemsize)
+        return output
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3", "gpt_oss"])
+def test_windows_are_looked_through_by_parts_and_nothing_is_square(family, base_model, monkeypatch):
+    """The numbers are those of a mask over the whole sequence."""
+    model, lengths = base_model(family), [100, 41, 41, 3]
+    tokens = torch.arange(sum(lengths)) * 7 % model.info.vocab_size
+    positions = torch.cat([torch.arange(length) for length in lengths])
+
+    def hidden() -> torch.Tensor:
+        with torch.no_grad():
+            return model.hidden_states(tokens, positions, PackedAttention(lengths), BASE_ONLY)
+
+    whole = hidden()
+    monkeypatch.setattr(attention, "WINDOW_QUERIES", 16)
+    torch.testing.assert_close(hidden(), whole, atol=1e-5, rtol=1e-5)
+    query, key, value = (torch.randn(1, 4, 600, 16) for _ in range(3))
+    for sinks in (None, torch.zeros(4)):
+        with Largest() as largest:
+            PackedAttention([600])(0, query, key, value, scaling=0.25, sliding_window=8, sinks=sinks)
+        assert largest.numbers < 600 * 600 / 4
 
 
 def test_a_small_cache_says_what_it_holds_and_how_many_decode(base_model, caplog):

@@ -67,7 +67,8 @@ class Recomputation:
 def activation_memory(model: BaseModel, options: EngineOptions) -> ActivationMemory:
     """What a token's activations take on this model, measured, and what there is for them.
 
-    While a layer's backward pass runs, it holds about as much again as the layer kept.
+    While a layer's backward pass runs, it holds about as much again as the layer kept. A forward pass alone holds what
+    one layer would keep, and in between what no layer keeps, at most as much again.
     """
     kept, inputs = (
         max(_bytes_per_token(model, lengths, recompute) for lengths in MEASURED_PASSES) for recompute in (False, True)
@@ -78,6 +79,7 @@ def activation_memory(model: BaseModel, options: EngineOptions) -> ActivationMem
         budget=options.activation_bytes or _default_budget(model),
         per_token=kept + layer,
         per_token_recomputed=min(inputs + 2 * layer, kept + layer),
+        per_token_forward=2 * layer,
     )
 
 

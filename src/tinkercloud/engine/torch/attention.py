@@ -7,6 +7,7 @@ current pass. `PackedAttention` is training's; a sampler brings its own, over a 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from typing import Any, Protocol
 
@@ -26,6 +27,10 @@ SCAN_CHUNK = 64
 """Tokens to a multiple of which a scan may pad each sequence. What it computes of a shorter one is out of proportion to
 the sequence, so a backward pass computes that again instead of keeping it."""
 
+WINDOW_QUERIES = 1024
+"""Tokens of a sequence that look through a sliding window together, over the keys that any of them sees: what a pass
+takes, and how long, then grows with the sequence and not with its square."""
+
 SHORT_SCANS = 16
 """Sequences shorter than that which are scanned together: bounds what their padding takes at a time."""
 
@@ -39,6 +44,9 @@ Scan = Callable[[tuple[Tensor, ...], State | None], tuple[Tensor, State]]
 
 class Attention(Protocol):
     """Attention over the rows of one pass, whose tokens all lie in one sequence dimension."""
+
+    remembers: bool
+    """Whether later passes see this one's keys and values, which then had better be few: see `latent_attention`."""
 
     def __call__(
         self,
@@ -90,6 +98,9 @@ def attend(
     if position_bias is not None or (s_aux is not None and softcap is not None):
         raise OperationError("models with position biases, or with attention sinks and soft caps, are not supported")
     attention = module.current.attention
+    latents = getattr(module, "latents", None)
+    if latents is not None and attention.remembers:
+        attention = partial(latents.attend, attention)
     output = attention(
         module.layer_idx,
         query,
@@ -169,6 +180,8 @@ class PackedAttention:
     Neighbours of the same length run as one batch, each sequence with the same result as alone.
     """
 
+    remembers = False
+
     def __init__(self, lengths: Sequence[int]) -> None:
         """`lengths`: tokens of each sequence, in order; they add up to the pass's tokens."""
         self.runs = [(length, len(list(same))) for length, same in groupby(lengths)]
@@ -192,11 +205,13 @@ class PackedAttention:
         outputs = []
         for (length, count), *run in zip(self.runs, *parts, strict=True):
             q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in run)
-            mask = None
+            own = None if sinks is None else sinks.unsqueeze(1)
+            how = dict(scaling=scaling, softcap=softcap)
             if sliding_window and length > sliding_window:
-                mask = self._band(length, sliding_window, softcap is None, sinks is not None, q)
-            own = None if sinks is None else sinks.unsqueeze(1).expand(-1, length)
-            output = dense_attention(q, k, v, scaling=scaling, mask=mask, softcap=softcap, sinks=own)
+                output = self._through_window(q, k, v, sliding_window, own, **how)
+            else:
+                own = None if own is None else own.expand(-1, length)
+                output = dense_attention(q, k, v, mask=None, sinks=own, **how)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
 
@@ -219,14 +234,30 @@ class PackedAttention:
                 outputs.append(output.flatten(0, 1))
         return torch.cat(outputs)
 
-    def _band(self, length: int, window: int, added: bool, sinks: bool, query: Tensor) -> Tensor:
-        """[length, length], for all layers of a kind: a token sees itself and the `window` - 1 tokens before it.
+    def _through_window(
+        self, query: Tensor, key: Tensor, value: Tensor, window: int, sinks: Tensor | None, **how: Any
+    ) -> Tensor:
+        """`dense_attention` in which a token sees itself and the `window` - 1 tokens before it; `sinks` [Hq, 1]."""
+        outputs = []
+        for queries in query.split(WINDOW_QUERIES, dim=2):
+            first = len(outputs) * WINDOW_QUERIES
+            count, start = queries.shape[2], max(0, first - window + 1)
+            keys, values = (part.narrow(2, start, first + count - start) for part in (key, value))
+            mask = self._band(count, first - start, window, how["softcap"] is None, sinks is not None, query)
+            own = None if sinks is None else sinks.expand(-1, count)
+            outputs.append(dense_attention(queries, keys, values, mask=mask, sinks=own, **how))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _band(self, count: int, before: int, window: int, added: bool, sinks: bool, query: Tensor) -> Tensor:
+        """[count, before + count], for all layers of a kind: what each of `count` tokens sees of the `before` tokens
+        before them and of themselves.
 
         Added to scores if that will do, since kernels would keep a copy in that form for each layer's backward pass.
         """
-        key = (length, window, added, sinks, query.dtype)
+        key = (count, before, window, added, sinks, query.dtype)
         if key not in self._masks:
-            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril_().triu_(1 - window)
+            mask = torch.ones(count, before + count, dtype=torch.bool, device=query.device)
+            mask = mask.tril_(before).triu_(before + 1 - window)
             if added:
                 mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
             self._masks[key] = with_sink_column(mask) if sinks else mask

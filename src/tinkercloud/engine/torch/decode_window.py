@@ -50,7 +50,9 @@ class DecodeWindow:
         for layer, shape in cache.layers.items():
             keys, values = cache.read(layer, tables)
             self._keys[layer] = self._filled(keys, shape.kv_heads, shape.key_dim)
-            self._values[layer] = self._filled(values, shape.kv_heads, shape.value_dim)
+            self._values[layer] = (
+                self._filled(values, shape.kv_heads, shape.value_dim) if shape.value_dim else self._keys[layer]
+            )
         self.positions = torch.tensor(self._starts, device=device)
         self._slots = self.positions + torch.arange(len(members), device=device) * self._width
         places = torch.arange(self._width, device=device)
@@ -78,8 +80,10 @@ class DecodeWindow:
 
     def add(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Store this step's keys and values [B, heads, dim]."""
-        for whole, new in ((self._keys[layer], key), (self._values[layer], value)):
-            whole.view(-1, *whole.shape[2:]).index_copy_(0, self._slots, new)
+        keys, values = self._keys[layer], self._values[layer]
+        keys.view(-1, *keys.shape[2:]).index_copy_(0, self._slots, key)
+        if values is not keys:
+            values.view(-1, *values.shape[2:]).index_copy_(0, self._slots, value)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, heads, S, dim], S being the longest member's tokens in whole pages."""

@@ -35,6 +35,7 @@ class LayerShape(NamedTuple):
     kv_heads: int
     key_dim: int
     value_dim: int
+    """0 where a token's keys are its values too."""
 
     @property
     def numbers(self) -> int:
@@ -68,7 +69,7 @@ class KVCache:
         }
         for memory in self._memory.values():
             memory[PAD_PAGE].zero_()
-        self.has_kernels = kernels_for(dtype, device)
+        self.has_kernels = kernels_for(dtype, device) and all(shape.value_dim for shape in layers.values())
         """Whether it can `attend`."""
         self._references = [0] * (num_pages + 1)
         self._empty = list(range(num_pages, 0, -1))
@@ -167,14 +168,15 @@ class KVCache:
         if self.has_kernels:
             paged.write(memory, slots, key, value)
             return
-        memory.view(-1, *memory.shape[2:]).index_copy_(0, slots, torch.cat((key, value), dim=-1))
+        both = torch.cat((key, value), dim=-1) if self.layers[layer].value_dim else key
+        memory.view(-1, *memory.shape[2:]).index_copy_(0, slots, both)
 
     def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B, heads, P * PAGE_TOKENS, dim] of B sequences' page tables, int64 [B, P]."""
         shape = self.layers[layer]
         gathered = self._memory[layer].index_select(0, tables.flatten())
         gathered = gathered.view(len(tables), -1, shape.kv_heads, shape.key_dim + shape.value_dim).transpose(1, 2)
-        return gathered[..., : shape.key_dim], gathered[..., shape.key_dim :]
+        return gathered[..., : shape.key_dim], gathered[..., shape.key_dim if shape.value_dim else 0 :]
 
     def attend(
         self,

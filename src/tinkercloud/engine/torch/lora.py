@@ -166,6 +166,10 @@ class LoraLinear(nn.Module):
         add_lora(self.index, batch, x.reshape(-1, self.in_features), output.view(-1, self.out_features))
         return output
 
+    def frozen_weight(self, dtype: torch.dtype) -> Tensor:
+        """[out, in]; `dtype` is that of the rows that it is for."""
+        return self.weight
+
     def frozen_output(self, x: Tensor) -> Tensor:
         """The base model's own part, [..., out] of x [..., in]. Whoever overrides it overrides its gradient too."""
         return frozen_product(x, self.weight, self.bias, self.current.batch)

@@ -81,6 +81,8 @@ class _TileRows(NamedTuple):
 class PagedAttention:
     """The attention of one step, called by the model once per layer. Writes the new keys and values first."""
 
+    remembers = True
+
     def __init__(
         self,
         cache: KVCache,

@@ -64,13 +64,12 @@ class QuantizedLoraLinear(LoraLinear):
         self._library = functional
 
     def frozen_output(self, x: Tensor) -> Tensor:
-        return linear(x, self._weight(x.dtype), self.bias)
+        return linear(x, self.frozen_weight(x.dtype), self.bias)
 
     def frozen_input_gradient(self, d_output: Tensor) -> Tensor:
-        return d_output @ self._weight(d_output.dtype)
+        return d_output @ self.frozen_weight(d_output.dtype)
 
-    def _weight(self, dtype: torch.dtype) -> Tensor:
-        """[out, in]"""
+    def frozen_weight(self, dtype: torch.dtype) -> Tensor:
         held = self.weight
         if held.dtype == torch.int8:
             return self._library.int8_vectorwise_dequant(held.data, held.SCB).to(dtype)

@@ -15,6 +15,8 @@ from tinkercloud.engine.torch.model import BaseModel
 class SamplerMemory:
     """The `Attention` of a pass that attends to nothing and notes what there would be to remember."""
 
+    remembers = True
+
     def __init__(self) -> None:
         self.layers: dict[int, LayerShape] = {}
         """The keys and values of one token, in each layer that attends."""
@@ -22,7 +24,7 @@ class SamplerMemory:
         """A state [1, ...] of each layer with linear attention."""
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **_: object) -> Tensor:
-        self.layers[layer] = LayerShape(key.shape[1], key.shape[-1], value.shape[-1])
+        self.layers[layer] = LayerShape(key.shape[1], key.shape[-1], 0 if value is key else value.shape[-1])
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
 
     def scan(self, layer: int, rows: tuple[Tensor, ...], scan: Scan) -> Tensor:
