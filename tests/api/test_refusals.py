@@ -87,7 +87,7 @@ def test_wrong_names_and_times(shared_run):
     for path in ("save_weights", "save_weights_for_sampler"):
         for wrong in ({"path": "../x"}, {"path": "a/b"}, {"path": ""}, {"path": "x", "ttl_seconds": 5}, {"path": 7}):
             refused(shared_run.send(path, model_id=shared_run.id, seq_id=shared_run.next_seq(), **wrong))
-    kind = {"sampling_session_seq_id": 0, "kind": "inflight"}
+    kind = {"sampling_session_seq_id": 0, "kind": "eventual"}
     refused(shared_run.send("save_weights_for_sampler", model_id=shared_run.id, seq_id=shared_run.next_seq(), **kind))
     trains_on(shared_run)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 
 import pytest
 import torch
@@ -86,21 +85,6 @@ def test_two_hundred_adapters_train_in_the_memory_of_five(trainers):
     assert free.adapter_memory.idle == 0 and free.adapter_memory.resident_bytes > 15 * budget
     assert_same_state(free, tight, names)
     assert tight.adapter_memory.peak_bytes <= budget
-
-
-def test_idle_adapters_cost_memory_and_no_time(base_model):
-    """What an operation takes of the processor beside 400 others' adapters, and alone."""
-    crowded, alone = (TorchTrainer(base_model("qwen3"), EngineOptions(name="qwen3", source="")) for _ in range(2))
-    run(crowded, *(CreateModel(f"idle-{number}", LoraConfig(seed=number, **ATTN)) for number in range(400)))
-    seconds: dict[TorchTrainer, list[float]] = {crowded: [], alone: []}
-    for trainer in seconds:
-        run(trainer, CreateModel("m", LoraConfig(**ATTN)))
-    for step in range(20):
-        for trainer, own in seconds.items():
-            started = time.process_time()
-            run(trainer, forward_backward("m", [make_datum(step, 30)]), OptimStep("m", AdamParams(1e-3)))
-            own.append(time.process_time() - started)
-    assert min(seconds[crowded]) < 1.2 * min(seconds[alone])
 
 
 def test_every_operation_finds_an_idle_adapter(trainers, tmp_path):

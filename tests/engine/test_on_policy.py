@@ -102,7 +102,7 @@ def test_what_was_sampled_and_what_is_trained_on_are_one_policy(steps):
     for _, metrics in steps:
         assert metrics["active_tokens:sum"] > 0
         assert abs(metrics["kl_sample_train_v1:mean"]) < 1e-6
-        assert metrics["kl_sample_train_v2:mean"] < 1e-12, "a root mean square of 1.4e-6"
+        assert metrics["kl_sample_train_v2:mean"] < 1e-10, "a root mean square of 1.4e-5"
         assert metrics["ratio:mean"] == pytest.approx(1, abs=1e-6)
 
 

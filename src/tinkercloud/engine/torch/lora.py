@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from tinkercloud.engine.torch.kernels.compiled import have_kernels
 from tinkercloud.engine.torch.kernels.lora import add_low_rank
 from tinkercloud.engine.torch.kernels.products import few_rows_product, have_products
-from tinkercloud.engine.torch.products import add_product, product
+from tinkercloud.engine.torch.products import add_product, add_products_of, product
 
 Pair = tuple[Tensor, Tensor]
 """A [r, in] and B [out, r] of one linear layer; A [experts, r, in] and B [experts, out, r] of a layer's experts."""
@@ -263,7 +263,7 @@ def add_products(total: Tensor, left: Tensor, right: Tensor, datums: Sequence[Da
     for rows, count in datums:
         last = first + rows * count
         lefts, rights = (rows_of[first:last].unflatten(0, (count, rows)) for rows_of in (left, right))
-        total.addbmm_(lefts.transpose(1, 2), rights, alpha=scale)
+        add_products_of(total, lefts.transpose(1, 2), rights, scale)
         first = last
 
 

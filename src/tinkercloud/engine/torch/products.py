@@ -45,6 +45,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
         total.copy_(whole[:rows])
 
 
+def add_products_of(total: Tensor, lefts: Tensor, rights: Tensor, scale: float) -> None:
+    """total [m, n] += scale * the sum of lefts @ rights, [b, m, k] @ [b, k, n], one after the other."""
+    _run(*total.shape, lambda: total.addbmm_(lefts, rights, alpha=scale))
+
+
 def filled(rows: Tensor, missing: int) -> Tensor:
     """Rows [n, k] with `missing` rows of zeros behind them."""
     return torch.cat((rows, rows.new_zeros(missing, rows.shape[1]))) if missing > 0 else rows
