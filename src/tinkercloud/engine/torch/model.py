@@ -180,7 +180,7 @@ class BaseModel:
         With `recompute`, layers keep only their inputs for a backward pass, which runs them again: the same bits.
         """
         self._recomputation.wanted = recompute
-        self._current_attention.attention, self._current_lora.batch = attention, lora
+        self._current_attention.attention, self._current_lora.batch = attention, self._batch_of(lora)
         rows = len(tokens)
         is_alone = is_narrow(rows, self._narrowest, self._threads.most)
         with self._threads.timed((rows.bit_length(), torch.is_grad_enabled()), is_alone):
@@ -196,13 +196,18 @@ class BaseModel:
         row by row, and only its products ask for more."""
         return -rows % self.row_multiple if self._lean is None else max(0, LEAST_ROWS - rows)
 
+    def _batch_of(self, lora: LoraBatch) -> LoraBatch:
+        """As this model's linear layers see it. transformers' modules sample with the products that they train with:
+        the kernels' order of sums is another one, and routers and states of linear attention enlarge the difference."""
+        return lora if self._lean is not None else LoraBatch(lora)
+
     def use_all_threads(self) -> None:
         """For sums over a whole adapter: their bits do depend on the number of threads, so it is always this one."""
         torch.set_num_threads(self._threads.most)
 
     def logits(self, hidden: Tensor, lora: LoraBatch) -> Tensor:
         """Logits float32 [n, V] of hidden states [n, H]; the segments of `lora` count rows of `hidden`."""
-        self._current_lora.batch = lora
+        self._current_lora.batch = self._batch_of(lora)
         return self.unembedding(filled(hidden, LEAST_ROWS - len(hidden)))[: len(hidden)].float()
 
     def parameter(self, name: str) -> Tensor | None:
