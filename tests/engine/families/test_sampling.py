@@ -37,7 +37,7 @@ from tinkercloud.engine.types import (
 
 RANKS = {"one": 8, "two": 3}
 LENGTHS = [1, 9, 26, 40, 9]
-_SCARCE = {"deepseek_v3": 1 << 15}
+_SCARCE = {} if EXACT else {"deepseek_v3": 1 << 15}
 """Bytes in which not all have room: where a token's latents are all that is kept of it, there is room for more."""
 
 

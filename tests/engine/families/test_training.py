@@ -62,7 +62,9 @@ def test_a_ragged_batch_of_several_adapters_and_a_step_equal_peft(family, traine
         assert_tensors(gradients, reference.lora_gradients(plain), routed=routed)
         optimizer.step()
         weights = load_file(after / "adapter_model.safetensors")
-        assert_tensors({key: weights[key] for key in gradients}, reference.lora_parameters(plain), routed=routed)
+        # A step divides small gradients by little: an error relative to the largest gradient is an absolute one here.
+        stepped = {key: weights[key] for key in gradients}
+        assert_tensors(stepped, reference.lora_parameters(plain), atol=3e-5, routed=routed)
 
 
 def test_half_precision_is_near(family, trainer_of, model_folder, tmp_path):

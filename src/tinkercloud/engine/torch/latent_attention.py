@@ -15,13 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from tinkercloud.engine.torch.attention import Attention, CurrentAttention
 from tinkercloud.engine.torch.lora import CurrentLora, LoraLinear
-
-SEGMENT_ROWS = 16
-"""A multiple to which the rows of an adapter are filled up: batched products of fewer use other kernels."""
+from tinkercloud.engine.torch.products import batched_product
 
 _NEEDED = ("expand_kv", "kv_b_proj", "num_heads", "qk_nope_head_dim", "v_head_dim")
 
@@ -62,16 +59,19 @@ class LatentAttention:
         """Queries [heads, T, key_dim] times W^K, or latents [heads, T, c] times W^V transposed, adapters included."""
         rows = slice(0, self._key_dim) if keys else slice(self._key_dim, None)
         weight = self._of_heads(self._projection.frozen_weight(x.dtype))[:, rows]
-        output = x @ (weight if keys else weight.transpose(1, 2))
+        output = batched_product(x, weight if keys else weight.transpose(1, 2))
         for segment in self._lora.batch:
             pair = segment.weights.pairs[self._projection.index]
             if pair is None:
                 continue
             a, b = pair[0], self._of_heads(pair[1])[:, rows]
             own = output[:, segment.start : segment.end]
-            rows_of = pad(x[:, segment.start : segment.end], (0, 0, 0, -own.shape[1] % SEGMENT_ROWS))
-            product = rows_of @ b @ a if keys else rows_of @ a.t() @ b.transpose(1, 2)
-            own.add_(product[:, : own.shape[1]], alpha=segment.weights.scale)
+            rows_of = x[:, segment.start : segment.end]
+            if keys:
+                product = batched_product(batched_product(rows_of, b), a.expand(len(x), -1, -1))
+            else:
+                product = batched_product(batched_product(rows_of, a.t().expand(len(x), -1, -1)), b.transpose(1, 2))
+            own.add_(product, alpha=segment.weights.scale)
         return output
 
     def _of_heads(self, matrix: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from tinkercloud.engine.torch.attention import IMPLEMENTATION, Attention, Curren
 from tinkercloud.engine.torch.build import build_of
 from tinkercloud.engine.torch.decoder import standard_decoder
 from tinkercloud.engine.torch.experts import AdaptedLayer, Experts, ExpertsLinear, are_fused_experts, can_adapt
+from tinkercloud.engine.torch.kernels.compiled import kernels_for
 from tinkercloud.engine.torch.latent_attention import LatentAttention, is_latent_attention
 from tinkercloud.engine.torch.linear_attention import GatedDeltaNet, is_gated_delta_net
 from tinkercloud.engine.torch.lora import BASE_ONLY, CurrentLora, LoraBatch, LoraLinear
@@ -84,8 +85,11 @@ class BaseModel:
             for name, module in modules:
                 if name.rpartition(".")[2] in names and isinstance(module, nn.Linear):
                     self._adapt(name, module, part)
-        for _, module in modules:
-            if is_latent_attention(module):
+        for (
+            _,
+            module,
+        ) in modules:  # where bits are promised, keys and values are kept: batched products do not keep them
+            if is_latent_attention(module) and not kernels_for(self.dtype, self.device):
                 LatentAttention(module, self._current_attention, self._current_lora)
         self.gates_alternate = any(not module.is_concatenated for _, module in experts if not foreign)
         """Whether the rows of experts' gate_up_proj are gate, up, gate, up and so on."""

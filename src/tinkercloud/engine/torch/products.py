@@ -13,9 +13,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 LEAST_ROWS = 4
 """Products of fewer rows are filled up."""
+
+BATCHED_ROWS = 16
+"""A multiple to which the rows of batched products are filled up: those of fewer use other kernels."""
 
 NARROW = 12
 """Columns (or rows) of a thread's share, up to which the bits of a product may depend on the number of threads."""
@@ -43,6 +47,20 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, scale: float) -> Non
     _run(rows, columns, lambda: whole.addmm_(filled(left, missing), right, alpha=scale))
     if whole is not total:
         total.copy_(whole[:rows])
+
+
+def batched_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, [b, n, k] @ [b, k, m]: with one thread, and rows filled up to `BATCHED_ROWS`."""
+    if not left.is_cpu:
+        return left @ right
+    rows = left.shape[1]
+    left = pad(left, (0, 0, 0, -rows % BATCHED_ROWS))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return (left @ right)[:, :rows]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def add_products_of(total: Tensor, lefts: Tensor, rights: Tensor, scale: float) -> None:
