@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.torch.kernels import rows as kernels_of_rows
+from tinkercloud.engine.torch.kernels.compiled import SOURCES
 from tinkercloud.engine.torch.kernels.draws import drawn
 from tinkercloud.engine.torch.kernels.lora import add_low_rank
 from tinkercloud.engine.torch.kernels.paged import attended, write
 from tinkercloud.engine.torch.kernels.products import few_rows_product
 from tinkercloud.engine.torch.kernels.rows import gated, rms_norm, rotated
 from tinkercloud.engine.torch.sampling import _drawn
+from tinkercloud.engine.torch.sources import digest_of
 
 ROWS = 7
 WIDTHS = [1, 15, 16, 40, 256]
@@ -120,11 +125,42 @@ def test_drawn(vocab, form):
     assert token == tokens[1] and torch.equal(alone[0], own[1])
 
 
+@pytest.fixture
+def threads():
+    """Sets how many torch has, for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("columns", [1, 4, 30])
-def test_product(width, columns):
+@pytest.mark.parametrize("columns", [1, 4, 30, 65, 130, 1030])
+def test_product(width, columns, threads):
+    """Also in parts, and whichever thread takes them."""
     x, weight = numbers(39, width), numbers(columns, width)
+    threads(1)
     got = few_rows_product(x, weight)
+    for count in (2, 4):
+        threads(count)
+        assert torch.equal(few_rows_product(x, weight), got)
     assert_near(got, x.double() @ weight.double().t())
     for rows in (slice(0, 1), slice(2, 39), slice(32, 37)):
         assert torch.equal(few_rows_product(x[rows], weight), got[rows])
+
+
+def test_what_is_laid_out_otherwise_is_refused():
+    x, weight = numbers(16, ROWS).t(), numbers(4, 16)
+    with pytest.raises(AssertionError):
+        few_rows_product(x, weight)
+    with pytest.raises(AssertionError):
+        gated(x)
+
+
+def test_a_change_in_any_kernel_is_compiled(tmp_path):
+    """What one kernel inlines is in the file of another, and numba looks at its own file alone."""
+    folder = shutil.copytree(Path(kernels_of_rows.__file__).parent, tmp_path / "kernels")
+    assert digest_of(folder) == SOURCES
+    with (folder / "vectors.py").open("a") as file:
+        file.write("# changed")
+    assert digest_of(folder) != SOURCES
+    assert SOURCES in kernels_of_rows._rms_norm._cache._impl.filename_base

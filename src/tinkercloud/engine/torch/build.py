@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
-import zlib
 from importlib.metadata import version
 from pathlib import Path
 
+import llvmlite
+import numba
 import torch
 import transformers
 
+from tinkercloud.engine.torch.kernels.compiled import kernels_for
+from tinkercloud.engine.torch.sources import digest_of
 from tinkercloud.engine.types import Quantization
 
 CPU_FACTS = Path("/proc/cpuinfo")
@@ -22,7 +25,7 @@ def build_of(device: torch.device, dtype: torch.dtype, logits_bytes: int, quanti
     `logits_bytes` decides where a datum is cut in the unembedding, and so how its gradient there is rounded.
     """
     parts = [
-        f"engine {_digest_of_sources():08x}",
+        f"engine {digest_of(Path(__file__).parent.parent)}",
         f"torch {torch.__version__}",
         f"transformers {transformers.__version__}",
         str(dtype).removeprefix("torch."),
@@ -30,6 +33,8 @@ def build_of(device: torch.device, dtype: torch.dtype, logits_bytes: int, quanti
     ]
     if quantization != "none":
         parts.append(f"{quantization} by bitsandbytes {version('bitsandbytes')}")
+    if kernels_for(dtype, device):
+        parts += [f"numba {numba.__version__}", f"llvmlite {llvmlite.__version__}"]
     if device.type == "cpu":
         mkl = os.environ.get("MKL_CBWR", "any")
         instructions = f"{torch.backends.cpu.get_cpu_capability()} (MKL {mkl})"
@@ -37,14 +42,6 @@ def build_of(device: torch.device, dtype: torch.dtype, logits_bytes: int, quanti
     else:
         parts += [torch.cuda.get_device_name(device), f"CUDA {torch.version.cuda}"]
     return ", ".join(parts)
-
-
-def _digest_of_sources() -> int:
-    """CRC-32 over everything in `tinkercloud.engine`: a version number stays the same while somebody works on it."""
-    folder, digest = Path(__file__).parent.parent, 0
-    for path in sorted(folder.rglob("*.py")):
-        digest = zlib.crc32(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes(), digest)
-    return digest
 
 
 def _processor() -> str:

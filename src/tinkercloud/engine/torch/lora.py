@@ -161,7 +161,8 @@ class LoraLinear(nn.Module):
             return _LoraProduct.apply(x, self.current.anchor, self, batch)
         output = self.frozen_output(x)
         if batch.is_sampled and have_kernels(x) and self.group == self.index:
-            add_sampled(self.group, batch, x.reshape(-1, self.in_features), output.view(-1, self.out_features))
+            rows = x.reshape(-1, self.in_features).contiguous()
+            add_sampled(self.group, batch, rows, output.view(-1, self.out_features))
             return output
         add_lora(self.index, batch, x.reshape(-1, self.in_features), output.view(-1, self.out_features))
         return output
@@ -207,8 +208,8 @@ def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, batch: LoraBa
 
 
 def add_sampled(group: int, batch: LoraBatch, x: Tensor, output: Tensor) -> None:
-    """Add each segment's part of a group's product to `output` [rows, out] in place, of x [rows, in], where there are
-    kernels: of many adapters with few rows each, calls cost more than what they compute."""
+    """Add each segment's part of a group's product to `output` [rows, out] in place, of x [rows, in], both contiguous,
+    where there are kernels: of many adapters with few rows each, calls cost more than what they compute."""
     rows = x.shape[0]
     for weights, start, end, _, _ in batch:
         stack = weights.pairs.stacks.get(group)

@@ -18,6 +18,11 @@ from numba import cfunc, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from tinkercloud.engine.torch.sources import digest_of
+
+SOURCES = digest_of(Path(__file__).parent)
+"""Of all kernels. They inline one another's functions, and numba looks at the file of a kernel alone."""
+
 
 def kernel(signature: str) -> Callable[[Callable[..., None]], Any]:
     """Compile a function of addresses (int64) and numbers. Nothing checks what it is given: call it from a function of
@@ -53,6 +58,7 @@ def next_part(context: Any, data: Any) -> Any:
 
 
 def _kept(compiler: Callable[..., Any], function: Callable[..., None], signature: str, **options: Any) -> Any:
+    function.__qualname__ += f"_{SOURCES}"  # part of the name under which numba keeps it
     try:
         return compiler(signature, cache=True, **options)(function)
     except RuntimeError as error:
@@ -82,4 +88,4 @@ def kernels_for(dtype: torch.dtype, device: torch.device) -> bool:
 
 def have_kernels(tensor: Tensor) -> bool:
     """Whether kernels take this tensor."""
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return kernels_for(tensor.dtype, tensor.device)

@@ -39,6 +39,7 @@ def drawn(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tenso
 
     Leaves in `logits` what they are less the row's largest, divided by the temperature (greedy: 1).
     """
+    assert logits.is_contiguous() and temperatures.is_contiguous() and uniforms.is_contiguous()
     rows, vocab = logits.shape
     tokens, normalizers = torch.empty(rows, dtype=torch.int64), torch.empty(rows, 1, dtype=torch.float64)
     sums, scratch = torch.empty(-(-vocab // BLOCK), dtype=torch.float64), torch.empty(BLOCK)

@@ -27,6 +27,7 @@ def add_low_rank(x: Tensor, a: Tensor, places: Tensor, scale: float, output: Ten
     x [T, in] and output [T, out] are contiguous rows; a [m r, in]; places int64 [m, 3], for each B the first of its
     columns of the output, how many, and how many numbers behind the first of `a` its B^T [r, columns] begins.
     """
+    assert x.is_contiguous() and a.is_contiguous() and places.is_contiguous() and output.is_contiguous()
     rows, width = x.shape
     ranks = a.shape[0]
     low = torch.empty(rows, ranks)

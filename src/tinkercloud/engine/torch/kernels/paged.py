@@ -35,6 +35,7 @@ from tinkercloud.engine.torch.kernels.vectors import (
 def write(memory: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> None:
     """Store keys and values [T, heads, dim] of T tokens in memory [pages, page tokens, heads, key dim + value dim]; a
     slot counts tokens from the first page's first, int64 [T]."""
+    assert memory.is_contiguous() and slots.is_contiguous()
     heads, key_dim, value_dim = *key.shape[1:], value.shape[2]
     key, value = _rows_of_heads(key), _rows_of_heads(value)
     _write(
@@ -62,6 +63,8 @@ def attended(
     in `write`; tables int64 [n, P]: pages; positions int64 [n]: of the queries, whose own tokens are the last
     that they see; the rest as in `attention.Attention`.
     """
+    assert memory.is_contiguous() and rows.is_contiguous() and tables.is_contiguous() and positions.is_contiguous()
+    assert output.is_contiguous() and (sinks is None or sinks.is_contiguous())
     query = _rows_of_heads(query)
     heads, key_dim = query.shape[1:]
     page_tokens, kv_heads, value_dim = memory.shape[1], memory.shape[2], memory.shape[3] - key_dim

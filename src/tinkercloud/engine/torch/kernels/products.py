@@ -40,6 +40,7 @@ def have_products(x: Tensor) -> bool:
 
 def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, in] @ weight [out, in]^T, both contiguous."""
+    assert x.is_contiguous() and weight.is_contiguous()
     rows, width = x.shape
     columns = weight.shape[0]
     output = x.new_empty(rows, columns)

@@ -27,6 +27,7 @@ from tinkercloud.engine.torch.kernels.vectors import (
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, D] / rms(x) * weight [D]."""
+    assert weight.is_contiguous()
     x = x.contiguous()
     output = torch.empty_like(x)
     _rms_norm(x.data_ptr(), weight.data_ptr(), output.data_ptr(), x.shape[0], x.shape[1], eps)
@@ -35,6 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def gated(gate_up: Tensor) -> Tensor:
     """silu(gate) * up [T, I] of rows of gate and up [T, 2 I], contiguous."""
+    assert gate_up.is_contiguous()
     rows, width = gate_up.shape
     output = gate_up.new_empty(rows, width // 2)
     _gated(gate_up.data_ptr(), output.data_ptr(), rows, width // 2)
@@ -44,6 +46,8 @@ def gated(gate_up: Tensor) -> Tensor:
 def rotated(projected: Tensor, weight: Tensor | None, eps: float, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     """The first `heads` heads [T, heads, D] of the rows of `projected` [T, ...], each divided by its rms and multiplied
     by its `weight` [heads, D] if there is one, then rotated: cos and sin are [T, D / 2], D being even."""
+    assert projected.stride(-1) == cos.stride(1) == sin.stride(1) == 1
+    assert weight is None or weight.is_contiguous()
     rows, half = sin.shape
     output = projected.new_empty(rows, heads, 2 * half)
     _rotated(
