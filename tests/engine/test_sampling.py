@@ -113,6 +113,33 @@ def test_a_row_does_not_depend_on_its_neighbours(rows):
         assert torch.equal(alone.distribution[0], together.distribution[index])
 
 
+def test_equally_likely_ids_do_not_depend_on_the_neighbours():
+    """At a boundary the lowest of them stay, however many are asked for in other rows."""
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randint(0, 4, (6, 2000), generator=generator).float()
+    filters = [{"top_k": 3}, {"top_k": 700}, {"top_p": 0.4}, {"top_k": 50, "top_p": 0.5}, {"top_k": 1}, {"top_p": 1e-9}]
+    params = [SamplingParams(max_tokens=1, seed=0, temperature=1000, **row) for row in filters]
+    for uniform in (0.0, 0.3, 0.8, 1 - 2**-53):
+        together = draw(logits.clone(), params, [uniform] * 6).tokens.tolist()
+        assert together == [
+            draw(logits[row : row + 1].clone(), params[row : row + 1], [uniform]).tokens.item() for row in range(6)
+        ]
+        in_order = logits[0].sort(descending=True, stable=True).indices
+        assert together[0] == in_order[int(uniform * 3)]
+        assert together[4:] == [row.argmax().item() for row in logits[4:]]
+
+
+@pytest.mark.parametrize("k", [1, 5, 700, 2000])
+def test_top_logprobs_of_equally_likely_ids(k):
+    """The lowest, in order."""
+    rows = torch.randint(0, 4, (5, 2000), generator=torch.Generator().manual_seed(7)).float()
+    rows[1] = torch.arange(2000.0)
+    ids, values = top_logprobs(rows, k)
+    expected = rows.sort(dim=-1, descending=True, stable=True)
+    np.testing.assert_array_equal(ids, expected.indices[:, :k])
+    np.testing.assert_array_equal(values, expected.values[:, :k])
+
+
 def test_logits_that_are_not_finite_show():
     logits = torch.stack([LOGITS, torch.full_like(LOGITS, torch.nan)])
     sampled = SamplingParams(max_tokens=1, seed=0)

@@ -79,9 +79,10 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[fl
     vocab, device = logits.shape[-1], logits.device
     temperatures = [_divisor(row.temperature) if row.temperature != 0 else 0.0 for row in params]
     if have_kernels(logits):
-        tokens, normalizers = drawn(logits, torch.tensor(temperatures), torch.tensor(uniforms, dtype=torch.float64))
+        scales, numbers = torch.tensor(temperatures, dtype=torch.float32), torch.tensor(uniforms, dtype=torch.float64)
+        tokens, normalizers = drawn(logits, scales, numbers)
     else:
-        tokens, normalizers = _drawn(logits, torch.tensor(temperatures, device=device), uniforms)
+        tokens, normalizers = _drawn(logits, torch.tensor(temperatures, dtype=torch.float32, device=device), uniforms)
     filtered = [
         index for index, row in enumerate(params) if row.temperature != 0 and (0 < row.top_k < vocab or row.top_p < 1)
     ]
@@ -123,20 +124,28 @@ def _drawn(logits: Tensor, temperatures: Tensor, uniforms: Sequence[float]) -> t
 
 
 def _filtered(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Probabilities [n, V], up to a factor of each row, without what top-k, then top-p of what is left, rule out."""
+    """Probabilities [n, V], up to a factor of each row, without what top-k, then top-p of what is left, rule out.
+    Of equally likely ids the lowest stay."""
     vocab, device = weights.shape[-1], weights.device
     top_k = [min(row.top_k, vocab) if row.top_k > 0 else vocab for row in params]
     top_p = torch.tensor([row.top_p for row in params], dtype=torch.float64, device=device)[:, None]
+    # Of the weights in order only the values are used: the order of equal ones would depend on the other rows' top-k.
     if max(top_k) < vocab:
-        values, order = weights.topk(max(top_k), dim=-1)
+        values = weights.topk(max(top_k), dim=-1).values
     else:
-        values, order = weights.sort(dim=-1, descending=True, stable=True)
+        values = weights.sort(dim=-1, descending=True).values
     within_k = torch.arange(values.shape[-1], device=device) < torch.tensor(top_k, device=device)[:, None]
     values = values * within_k
     cumulative = values.cumsum(-1, dtype=torch.float64)
     # A token is in the nucleus if those before it do not yet fill it; the most likely one always is.
-    in_nucleus = (cumulative - values) < top_p * cumulative[:, -1:]
-    return torch.zeros_like(weights).scatter_(-1, order, values * in_nucleus)
+    count = ((cumulative - values) < top_p * cumulative[:, -1:]).sum(-1, keepdim=True).clamp_(min=1)
+    least = values.gather(-1, count - 1)
+    kept = weights >= least
+    if rows := (kept.sum(-1) > count[:, 0]).nonzero()[:, 0].tolist():
+        equal = weights[rows] == least[rows]
+        spare = count[rows] - (kept[rows] & ~equal).sum(-1, keepdim=True)
+        kept[rows] &= ~equal | (equal.cumsum(-1) <= spare)
+    return weights.masked_fill(~kept, 0)
 
 
 def _block_sums(weights: Tensor) -> Tensor:
@@ -171,8 +180,14 @@ def _below(share: Tensor, total: Tensor) -> Tensor:
 
 
 def top_logprobs(distribution: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k most likely ids of each row and their log-probabilities, most likely first: int32 and float32 [n, k]."""
+    """The k most likely ids of each row and their log-probabilities, most likely first, of equally likely ones the
+    lowest: int32 and float32 [n, k]."""
     values, ids = distribution.topk(k, dim=-1)
+    ids = ids.sort(dim=-1).values
+    order = distribution.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
+    ids = ids.gather(-1, order)
+    if rows := ((distribution >= values[:, -1:]).sum(-1) != k).nonzero()[:, 0].tolist():  # equal ones are left out
+        ids[rows] = distribution[rows].sort(dim=-1, descending=True, stable=True).indices[:, :k]
     return ids.to(torch.int32).cpu().numpy(), values.cpu().numpy()
 
 
