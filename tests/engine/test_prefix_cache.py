@@ -171,6 +171,23 @@ def test_the_pages_of_a_closed_sampler_go(sampler_of, adapter_folder):
     assert (sampler.pages_used, sampler.pages_kept) == (0, 0)
 
 
+def test_samples_of_a_closed_sampler_do_not_wait_for_one_another(small_chunks, sampler_of, adapter_folder):
+    """Nothing is kept any more, so there is nothing to wait for."""
+    sampler = sampler_of("qwen3")
+    sampler.open(OpenSampler("adapter", adapter_folder("qwen3")))
+    request = sample("r", prompt_of(0, 100), "adapter", num_samples=4)
+    (alone,) = run(sampler, request).values()
+    sampler.close(CloseSampler("adapter"))
+    sampler.open(OpenSampler("adapter", adapter_folder("qwen3")))
+    sampler.submit(request)
+    sampler.step()
+    assert sampler.num_running == 1
+    sampler.close(CloseSampler("adapter"))
+    sampler.step()
+    assert sampler.num_running == 4
+    assert_same_bits(run(sampler)["r"], alone)
+
+
 def test_kept_pages_make_room_for_what_runs(sampler_of):
     """In memory for one context, the prompts that were used last are still there."""
     sampler = sampler_of("qwen3", kv_cache_bytes=1)

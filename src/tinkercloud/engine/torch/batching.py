@@ -189,6 +189,8 @@ class ContinuousBatch:
         if self._states:
             return False  # a state is not shared
         request = sequence.request
+        if not request.sampler.prefixes.open:
+            return False  # nothing will be kept of what another one computes
         leader = sequence.leader
         if leader and leader.namespace is request.sampler.prefixes and leader.cached < sequence.awaited:
             return True
