@@ -12,6 +12,7 @@ from tinkercloud.engine.types import (
     CloseSampler,
     FindSample,
     OpenSampler,
+    Place,
     Result,
     Sample,
     TrainOperation,
@@ -43,17 +44,25 @@ class Sampler(Protocol):
 
     info: BaseModelInfo
 
-    def open(self, operation: OpenSampler) -> Result: ...
+    def open(self, operation: OpenSampler) -> Result:
+        """Load weights, and take requests for them from now on. `Done`, or a `Failure` that leaves nothing open."""
+        ...
 
-    def close(self, operation: CloseSampler) -> Result: ...
+    def close(self, operation: CloseSampler) -> Result:
+        """Take no more requests for these weights; those that it has go on. `Done`, also if it was not open."""
+        ...
 
     def submit(self, operation: Sample) -> None:
         """Accept a request; its result comes from a later `step`."""
         ...
 
-    def cancel(self, operation: CancelSample) -> Result: ...
+    def cancel(self, operation: CancelSample) -> Result:
+        """Give up a request, whose `Failure` comes from the next `step`. `Done`, also if it has ended or is unknown."""
+        ...
 
-    def find(self, operation: FindSample) -> Result: ...
+    def find(self, operation: FindSample) -> Place:
+        """Where a request stands."""
+        ...
 
     @property
     def busy(self) -> bool:
