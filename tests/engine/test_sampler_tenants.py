@@ -50,6 +50,21 @@ def test_two_tenants_get_half_of_the_places_each(sampler_of):
     assert abs(half - 20) <= PLACES, "meanwhile the first tenant has been served as much"
 
 
+def test_samples_that_wait_for_a_common_prompt_take_no_places_meanwhile(small_chunks, sampler_of):
+    """Only the one that computes the prompt takes one from another tenant, once; the rest when it is there."""
+    sampler = sampler_of("qwen3", max_decode_batch=PLACES)
+    for request in flood(PLACES, 60):
+        sampler.submit(request)
+    for _ in range(50):
+        assert sampler.step() == []
+    many = sample("many", prompt_of(9, 200), num_samples=2, max_tokens=4, tenant="second")
+    at = ended_at(sampler, [many])
+    assert at["many"] == 9 + 4, "24 tokens of the prompt a step"
+    theirs = sorted(step for name, step in at.items() if name.startswith("flood"))
+    assert theirs[:2] == [10, 10]
+    assert theirs[2] <= 14, "it went on for nine steps, then computed once more what it had"
+
+
 def test_what_gives_up_its_place_draws_the_same_tokens(sampler_of):
     sampler = sampler_of("qwen3", max_decode_batch=PLACES)
     alone = tokens_of(run(sampler, *flood(6)))

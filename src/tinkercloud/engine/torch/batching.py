@@ -106,7 +106,6 @@ class ContinuousBatch:
             self._keep(sequence)
         self._grow()
         if self._waiting:
-            self._make_places()
             self._admit()
         turns = [(sequence, 1) for sequence in self._running if sequence.num_tokens - sequence.cached == 1]
         behind = [sequence for sequence in self._running if sequence.num_tokens - sequence.cached > 1]
@@ -150,32 +149,23 @@ class ContinuousBatch:
         self.finish(sequence)
         self._waiting.put_back(sequence)
 
-    def _make_places(self) -> None:
-        """Where all places are taken, let each tenant that waits have its share of them."""
-        if len(self._running) < self.max_sequences or self.only is not None:
-            return
-        places = Counter(sequence.tenant for sequence in self._running)
-        lengths = self._waiting.lengths
-        share = max(1, self.max_sequences // len(places.keys() | lengths.keys()))
-        for tenant, length in lengths.items():
-            for _ in range(min(share - places[tenant], length)):
-                richest, most = places.most_common(1)[0]
-                if most <= share:
-                    return
-                theirs = [sequence for sequence in self._running if sequence.tenant == richest]
-                self._give_back(min(reversed(theirs), key=lambda sequence: sequence.cached))
-                places[richest] -= 1
-
     def _admit(self) -> None:
-        """Start waiting sequences, in turn, while there are places and pages. Nothing passes one for which there are
-        too few pages."""
+        """Start waiting sequences, in turn, while there are pages and places, or a tenant that has more than its share
+        of these for one that has less. Nothing passes a sequence for which there are too few pages."""
         prefilling = [sequence for sequence in self._running if not sequence.holds_prompt]
         places = Counter(sequence.tenant for sequence in self._running)
+        share = max(1, self.max_sequences // len(places.keys() | self._waiting.lengths.keys()))
         for sequence in self._waiting.in_turn(places):
-            if len(self._running) >= self.max_sequences:
+            is_full = len(self._running) >= self.max_sequences
+            richest, most = places.most_common(1)[0] if is_full else ("", 0)
+            if is_full and (self.only is not None or places[sequence.tenant] >= share or most <= share):
                 break
             if (self.only is not None and sequence.request not in self.only) or self._follows(sequence, prefilling):
                 continue
+            if is_full:
+                theirs = [other for other in self._running if other.tenant == richest]
+                self._give_back(min(reversed(theirs), key=lambda other: other.cached))
+                places[richest] -= 1
             if not self._start(sequence):
                 break
             self._waiting.take(sequence)
