@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 
 import tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -112,3 +114,23 @@ def test_close_lets_running_requests_end(sampler_of, adapter_folder):
     results = run(sampler)
     assert results["late"].category == "user" and "no open sampler adapter" in results["late"].error
     assert tokens_of({"r": results["r"]}) == alone
+
+
+def test_the_weights_of_a_closed_sampler_go_with_its_last_answer(sampler_of, adapter_folder):
+    """At once, not when garbage is collected."""
+    sampler = sampler_of("qwen3")
+    gc.collect()
+    gc.disable()
+    try:
+        sampler.open(OpenSampler("adapter", adapter_folder("qwen3")))
+        opened = weakref.ref(sampler._samplers["adapter"])
+        sampler.submit(sample("r", prompt_of(0, 20), "adapter", num_samples=2))
+        sampler.submit(sample("drop", prompt_of(1, 20), "adapter", num_samples=2))
+        sampler.step()
+        sampler.close(CloseSampler("adapter"))
+        sampler.cancel(CancelSample("drop"))
+        assert opened() is not None
+        run(sampler)
+        assert opened() is None
+    finally:
+        gc.enable()

@@ -339,6 +339,7 @@ class TorchSampler:
         self._quarantine.forget(request)
         del self._requests[request.operation.request_id]
         self._ended.append((request.operation.request_id, failure))
+        request.let_go()
 
 
 def _lora(turns: list[Turn]) -> LoraBatch:

@@ -21,10 +21,12 @@ class OpenedSampler:
     """Weights to sample from. Those that samplers share change between two steps, others never."""
 
     order: int
-    """Rows of a step are sorted by it, so that each adapter's rows are contiguous."""
+    """Rows of a step are sorted by it, so that each adapter's rows are contiguous: the same for all owners' samplers of
+    one adapter."""
     folder: str
     adapter: AdapterWeights | None
     """None is the base model."""
+    owner: str = ""
     prefixes: Namespace = field(default_factory=Namespace)
     """What is kept of prompts that these weights have read. If the weights ever change, it must be another one."""
 
@@ -69,6 +71,11 @@ class Request:
     @property
     def finished(self) -> bool:
         return all(sequence.stop_reason is not None for sequence in self.sequences)
+
+    def let_go(self) -> None:
+        """It is answered: forget the sequences, which name it, so that what it holds goes now and not with a garbage
+        collection some time later, its sampler's weights among it."""
+        self.sequences = []
 
     def output(self) -> SampleOutput:
         """The result, once finished."""
