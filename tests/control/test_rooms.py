@@ -133,7 +133,25 @@ def test_a_sample_that_waits_for_a_place_says_so(shared):
         assert await service.futures.paused(running) is None
         for sample in (running, waiting):
             await service.samplers.cancel(sample.request_id, OWNER)
+            ended = await service._ledger.entry(sample.request_id)
+            assert ended.state == "failed", "whatever happens to the engine and the server from now on"
             assert isinstance(await Client._finished(service, sample), Failure)
+
+    shared(story)
+
+
+def test_prompts_of_one_owner_are_not_found_by_another(shared):
+    """Of the base model, which all sample from."""
+
+    async def story(service):
+        prompt, params = np.arange(100, 200, dtype=np.int32), SamplingParams(max_tokens=1, seed=1)
+        hits = []
+        for owner in (OWNER, "another", OWNER):
+            sampler = await service.samplers.unbound(owner, NANO, None)
+            sent = await service.samplers.sample(sampler, None, Sample("", sampler.sampler_id, prompt, params))
+            _, outcome = await service.futures.outcome(sent.request_id, owner, timeout=60)
+            hits.append(outcome.prompt_cache_hit_tokens)
+        assert hits == [0, 0, 99]
 
     shared(story)
 

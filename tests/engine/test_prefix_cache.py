@@ -158,6 +158,33 @@ def test_weights_share_with_none_but_themselves(sampler_of, adapter_folder):
     assert [hits("two"), hits("base")] == [0, 49]
 
 
+@pytest.mark.parametrize("folder", ["adapter", "base model"])
+def test_nobody_learns_what_another_owner_has_sent(folder, sampler_of, adapter_folder, monkeypatch):
+    """Not even where weights are the same, which are held once and make one segment of a step's rows."""
+    sampler = sampler_of("qwen3")
+    where = adapter_folder("qwen3") if folder == "adapter" else ""
+    for name, owner in {"mine": "me", "theirs": "them", "mine too": "me"}.items():
+        sampler.open(OpenSampler(name, where, owner=owner))
+    results = [
+        run(sampler, sample("r", prompt_of(0, 50), name, max_tokens=2))["r"] for name in ("mine", "theirs", "mine too")
+    ]
+    assert [result.prompt_cache_hit_tokens for result in results] == [0, 0, 49]
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+    segments, hidden_states = [], sampler._model.hidden_states
+
+    def seen(tokens, positions, attention, lora):
+        segments.append(len(lora))
+        return hidden_states(tokens, positions, attention, lora)
+
+    monkeypatch.setattr(sampler._model, "hidden_states", seen)
+    names = ("mine", "theirs", "mine too", "theirs")
+    together = run(sampler, *(sample(f"{i}", prompt_of(0, 50), name, max_tokens=2) for i, name in enumerate(names)))
+    for result in together.values():
+        assert_same_bits(result, results[0])
+    assert set(segments) == {1 if where else 0}
+
+
 def test_the_pages_of_a_closed_sampler_go(sampler_of, adapter_folder):
     sampler = sampler_of("qwen3")
     sampler.open(OpenSampler("adapter", adapter_folder("qwen3")))

@@ -250,7 +250,8 @@ class SamplerDesk:
 
     async def _ask_to_open(self, engine: EngineHandle, sampler: SamplerRecord) -> Result:
         weights = await self.inflight.of(sampler)  # nothing is awaited from here to the engine: none is newer
-        return await engine.ask(encode(OpenSampler(sampler.sampler_id, weights.folder, sampler.follows or "")))
+        shared = sampler.follows or ""
+        return await engine.ask(encode(OpenSampler(sampler.sampler_id, weights.folder, shared, sampler.owner)))
 
     async def _close_unused(self) -> None:
         for sampler_id in list(self._opened):

@@ -227,6 +227,9 @@ class OpenSampler(Struct, frozen=True, tag="open_sampler"):
     shared: str = ""
     """What samplers say that share mutable weights. Opening one of them with another folder gives its weights to all of
     them from the next step on: running sequences keep the keys and values that they have and go on with these."""
+    owner: str = ""
+    """Whose it is: what is kept of prompts is found by their owner's samplers alone, so that nobody learns from times
+    or counts what others have sent."""
 
 
 class CloseSampler(Struct, frozen=True, tag="close_sampler"):

@@ -114,9 +114,9 @@ class TorchSampler:
             self._batch.forget(known.prefixes)
             known.folder, known.adapter, known.prefixes = operation.folder, adapter, Namespace()
         elif operation.shared:
-            known = self._shared[operation.shared] = self._new(operation.folder, adapter)
+            known = self._shared[operation.shared] = self._new(operation.folder, adapter, operation.owner)
         else:
-            known = self._same(operation.folder, adapter) or self._new(operation.folder, adapter)
+            known = self._of_the_same_weights(operation, adapter)
         self._samplers[operation.sampler_id] = known
         return Done()
 
@@ -127,21 +127,27 @@ class TorchSampler:
             self._batch.forget(sampler.prefixes)
         return Done()
 
-    def _new(self, folder: str, adapter: AdapterWeights | None) -> OpenedSampler:
+    def _new(self, folder: str, adapter: AdapterWeights | None, owner: str) -> OpenedSampler:
         self._opened += 1
-        return OpenedSampler(self._opened, folder, adapter)
+        return OpenedSampler(self._opened, folder, adapter, owner)
 
-    def _same(self, folder: str, adapter: AdapterWeights | None) -> OpenedSampler | None:
-        """A sampler that is open with the same weights, to be the same: they are held once, and so are its prompts."""
+    def _of_the_same_weights(self, operation: OpenSampler, adapter: AdapterWeights | None) -> OpenedSampler:
+        """The owner's sampler that is open with the same weights, whose prompts are kept once; or a new one, which has
+        its weights in common with other owners' if they have them open."""
         mutable = set(map(id, self._shared.values()))
-        for sampler in self._samplers.values():
-            if (
-                id(sampler) not in mutable
-                and sampler.folder == folder
-                and (adapter is None or adapter.equal(sampler.adapter))
-            ):
-                return sampler
-        return None
+        same = [
+            sampler
+            for sampler in self._samplers.values()
+            if id(sampler) not in mutable
+            and sampler.folder == operation.folder
+            and (adapter is None or adapter.equal(sampler.adapter))
+        ]
+        own = next((sampler for sampler in same if sampler.owner == operation.owner), None)
+        if own is not None:
+            return own
+        if same:
+            return OpenedSampler(same[0].order, operation.folder, same[0].adapter, operation.owner)
+        return self._new(operation.folder, adapter, operation.owner)
 
     def submit(self, operation: Sample) -> None:
         """Check a request and let it wait; a bad one is answered by the next step."""
@@ -325,6 +331,7 @@ class TorchSampler:
                 if request.finished:
                     self._ended.append((request.operation.request_id, request.output()))
                     del self._requests[request.operation.request_id]
+                    request.let_go()
 
     def _score_prompt(self, request: Request, start: int, hidden: Tensor) -> None:
         """Take the hidden states [n, H] of a prompt's positions start, start + 1, ... into its scores."""
@@ -348,13 +355,14 @@ def _lora(turns: list[Turn]) -> LoraBatch:
 
 
 def _segments(rows: Iterator[tuple[OpenedSampler, int]] | list[tuple[OpenedSampler, int]]) -> LoraBatch:
-    """Runs of (sampler, rows) as segments, neighbours of one sampler merged; the base model's rows need none."""
+    """Runs of (sampler, rows) as segments, neighbours of one adapter merged; the base model's rows need none."""
     segments: list[Segment] = []
     start = 0
-    for sampler, run in groupby(rows, key=lambda row: row[0]):
-        end = start + sum(count for _, count in run)
-        if sampler.adapter is not None:
-            segments.append(Segment(sampler.adapter, start, end))
+    for _, run in groupby(rows, key=lambda row: id(row[0].adapter)):
+        samplers, counts = zip(*run, strict=True)
+        end, adapter = start + sum(counts), samplers[0].adapter
+        if adapter is not None:
+            segments.append(Segment(adapter, start, end))
         start = end
     return SampledLora(segments)
 
