@@ -90,9 +90,9 @@ class PerModel(BaseModel):
         256 * MIB,
         gt=0,
         description="Bytes for what the sampler remembers of its sequences: a quarter for decode windows, copies of "
-        "the keys and values of those that decode together; with linear attention at most half for states, so "
-        "fewer sequences than `max_decode_batch` may run; the rest for pages of keys and values, but at least "
-        "one context's.",
+        "the keys and values of those that decode together (none in float32 on a CPU, which reads them where they "
+        "are); with linear attention at most half for states, so fewer sequences than `max_decode_batch` may run; "
+        "the rest for pages of keys and values, but at least one context's.",
     )
     max_decode_batch: int = Field(64, gt=0, description="Sequences decoded in one step.")
     logits_bytes: ByteSize = Field(64 * MIB, gt=0, description="Most bytes that logits may take at a time.")
