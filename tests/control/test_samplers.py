@@ -130,8 +130,10 @@ def test_an_accepted_sample_keeps_its_weights(serving, run, tmp_path):
             samplers = [await ephemeral(each, 0) for each in (client, silent, late)]
             folders = [tmp_path / "data" / sampler.folder for sampler in samplers]
             waiting = [await sample(service, sampler, 0, max_tokens=400) for sampler in samplers]
+            dropped = await sample(service, samplers[1], 1, max_tokens=400)
             await service.sessions.finish(client.session.session_id, OWNER, "success")
             await service.models.withdraw(NANO)
+            await service.samplers.cancel(dropped.request_id, OWNER)
             await service.sessions.finish(late.session.session_id, OWNER, "success")
             await service._ledger.change(SessionRecord, silent.session.session_id, state="parked")
             service._keeper._budget = 1
@@ -142,6 +144,7 @@ def test_an_accepted_sample_keeps_its_weights(serving, run, tmp_path):
         async with serving() as service:
             for entry in waiting:
                 assert isinstance(await Client._finished(service, entry), SampleOutput)
+            assert "cancelled" in (await Client._finished(service, dropped)).error, "though nobody served it then"
             await service.tidy(time.time() + 2 * DAY)
             assert [folder.is_dir() for folder in folders] == [False, True, False], "then they go with their sessions"
 

@@ -10,12 +10,13 @@ from typing import Any
 from msgspec.structs import replace
 
 from tinkercloud.codec import encode
+from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.checkpoints import Checkpoints
-from tinkercloud.control.sampler_desk import NUM_SAMPLES
+from tinkercloud.control.sampler_desk import NUM_SAMPLES, client_of
 from tinkercloud.control.sampler_keeper import UNBOUND, SamplerKeeper
 from tinkercloud.control.sessions import Sessions
-from tinkercloud.engine.types import Sample
+from tinkercloud.engine.types import Failure, Sample
 from tinkercloud.errors import InvalidRequest, NotFound, Overloaded
 from tinkercloud.ledger.entries import request_id
 from tinkercloud.ledger.ledger import Ledger
@@ -28,6 +29,7 @@ class Samplers:
     def __init__(
         self,
         ledger: Ledger,
+        arrivals: Arrivals,
         models: BaseModels,
         sessions: Sessions,
         checkpoints: Checkpoints,
@@ -36,6 +38,7 @@ class Samplers:
     ):
         """`max_pending`: sequences that may wait for one base model (`_make_sure_of_room`)."""
         self._ledger = ledger
+        self._arrivals = arrivals
         self._models = models
         self._sessions = sessions
         self._checkpoints = checkpoints
@@ -161,7 +164,8 @@ class Samplers:
         return entry
 
     async def cancel(self, sample_id: str, owner: str) -> None:
-        """Stop a sample. No error if it is unknown, done or another owner's; InvalidRequest if it is not a sample."""
+        """Stop a sample: it has failed, and stays so, when this returns. No error if it is unknown, done or another
+        owner's; InvalidRequest if it is not a sample."""
         entry = await self._ledger.entry(sample_id)
         if entry is None:
             return
@@ -176,3 +180,7 @@ class Samplers:
             return
         if sampler.base_model in self._models:
             await self._models.get(sampler.base_model).desk.cancel(sample_id)
+        # What the engine answers comes too late if the server ends first, and never while the model is not served.
+        failure = Failure("the sample was cancelled", "user")
+        await self._ledger.complete(sample_id, encode(failure), failed=True)
+        self._arrivals.announce(sample_id, client_of(entry))

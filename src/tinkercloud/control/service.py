@@ -57,7 +57,13 @@ class Service:
         self.billing = Billing(ledger, self.models, settings)
         self.copies = Copies(ledger, self.checkpoints)
         self.samplers = Samplers(
-            ledger, self.models, self.sessions, self.checkpoints, self._keeper, settings.max_pending_samples
+            ledger,
+            self._arrivals,
+            self.models,
+            self.sessions,
+            self.checkpoints,
+            self._keeper,
+            settings.max_pending_samples,
         )
         self.futures = Futures(ledger, self._arrivals, self.models)
         self.quotas = Quotas(ledger)
