@@ -106,15 +106,15 @@ class EngineHandle:
         if self._reading is None:
             return  # it was never started
         if not self._ready.done():
-            self._process.kill()
+            self._process.kill(connected=True)
         elif not self.died.is_set():
             with contextlib.suppress(ConnectionError):
                 self._send(Stop())
-            try:
-                await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
-            except TimeoutError:
+            # Not for the process: it seems to have ended when the fork server has.
+            await asyncio.wait([self._reading], timeout=STOP_SECONDS)
+            if not self._reading.done():
                 log.warning("engine %s did not stop within %.0f s; killing it", self._options.name, STOP_SECONDS)
-                self._process.kill()
+                self._process.kill(connected=True)
         await self._reading
 
     def _expect(self) -> tuple[int, asyncio.Future]:

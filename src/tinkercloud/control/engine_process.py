@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +48,18 @@ class EngineProcess:
         assert self._process.pid is not None
         return self._process.pid
 
-    async def wait(self) -> int:
-        """Its exit code, when it has ended; that of a signal is negative."""
+    async def wait(self) -> int | None:
+        """Its exit code, when it has ended; that of a signal is negative. Also 255, at once, when the fork server has
+        ended, which alone learns how engines end: the engine itself may live."""
         return await asyncio.shield(self._exit)
 
-    def kill(self) -> None:
-        """End it now."""
-        if not self._exit.done():
+    def kill(self, *, connected: bool = False) -> None:
+        """End it now. `connected`: its socket is open, so it lives, whatever `wait` says."""
+        if connected or not self._exit.done():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
-    async def _wait(self) -> int:
+    async def _wait(self) -> int | None:
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         loop.add_reader(self._process.sentinel, ended.set)
         try:
@@ -68,7 +70,9 @@ class EngineProcess:
 
 
 def _begin(process: multiprocessing.process.BaseProcess, sock: socket.socket) -> None:
-    with sock, _LOCK, _environment():
+    with sock, _LOCK:
+        with _environment():
+            multiprocessing.forkserver.ensure_running()
         process.start()
 
 
@@ -121,12 +125,17 @@ def engine_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _environment():
-    """The fork server has the environment of the moment in which it is started, and takes no other."""
-    before = dict(os.environ)
-    os.environ.update(engine_environment())
+def _environment() -> Iterator[None]:
+    """The fork server has the environment of the moment in which it is started, and takes no other. Other threads of
+    this process read theirs meanwhile, so that no other variable is touched."""
+    wanted = engine_environment()
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
