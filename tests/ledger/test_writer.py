@@ -3,12 +3,14 @@ from __future__ import annotations
 import asyncio
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.ledger.conftest import OpenLedger
+from tests.ledger.conftest import MODEL, OpenLedger, model_record
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger import Ledger
+from tinkercloud.ledger.records import ModelRecord
 from tinkercloud.ledger.writer import SMALL_BYTES, DiskFull
 
 pytestmark = pytest.mark.anyio
@@ -54,6 +56,31 @@ async def test_a_write_whose_caller_left_still_happens_and_is_seen(ledger: Ledge
     entry = await ledger.entry("stream:0")
     assert entry is not None and entry.state == "done"
     assert await ledger.outcome("stream:0") == b"outcome"
+
+
+async def test_a_commit_that_failed_and_reached_the_disk_is_not_taken_for_undone(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialect = ledger._writer._engine.dialect
+    commit = dialect.do_commit
+
+    def lose_the_answer(connection: Any) -> None:
+        commit(connection)
+        monkeypatch.undo()
+        raise dialect.loaded_dbapi.DatabaseError("the answer was lost")
+
+    await ledger.insert(model_record())
+    await ledger.append(MODEL, 0, "forward_backward", b"payload")
+    assert (await ledger.get(ModelRecord, MODEL)).applied_seq == -1
+    monkeypatch.setattr(dialect, "do_commit", lose_the_answer)
+    writes = (ledger.complete(f"{MODEL}:0", b"outcome"), ledger.append(MODEL, 1, "optim_step", b""))
+    results = await asyncio.gather(*writes, return_exceptions=True)
+    assert any("the answer was lost" in str(result) for result in results) and ledger.doubts == 1
+    ended = await ledger.entry(f"{MODEL}:0")
+    assert ended is not None and ended.state == "done" and await ledger.outcome(f"{MODEL}:0") == b"outcome"
+    assert (await ledger.get(ModelRecord, MODEL)).applied_seq == 0
+    again = await ledger.append(MODEL, 0, "forward_backward", b"payload")
+    assert again.repeated and again.state == "done"
 
 
 async def test_what_was_handed_in_before_close_is_on_disk(open_ledger: OpenLedger) -> None:

@@ -110,8 +110,11 @@ class Ledger:
         self._unretrieved_retention = unretrieved_retention
         self._clock = clock
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ledger-reader")
-        self._writer = Writer(writing, segment_writer, count(last_completion + 1))
         self._recent = Recent()
+        self.doubts = 0
+        """How many commits failed that may have reached the disk: what was to be appended, and was refused for that, may
+        be there."""
+        self._writer = Writer(writing, segment_writer, count(last_completion + 1), self._doubt)
         self._touches = catalog.Touches({}, {})
         self._retrieved: dict[str, float] = {}
         self._flusher = asyncio.create_task(self._flush_regularly(), name="ledger-flusher")
@@ -465,6 +468,10 @@ class Ledger:
                 log.exception("heartbeats and retrievals could not be recorded; they wait for the next round")
 
     # ------------------------------------------------------------ inside
+
+    def _doubt(self) -> None:
+        self.doubts += 1
+        self._recent.forget()
 
     async def _read(self, function: Callable[..., T], *arguments: Any) -> T:
         def run() -> T:

@@ -52,6 +52,10 @@ class LRU(Generic[T]):
         if found is not None:
             self.size -= found[1]
 
+    def clear(self) -> None:
+        self._values.clear()
+        self.size = 0
+
 
 class Recent:
     """Entries, blobs and records as the newest commit left them.
@@ -96,6 +100,12 @@ class Recent:
         """A commit has changed a record."""
         self.version += 1
         self._records.drop((kind, key))
+
+    def forget(self) -> None:
+        """Anything may have changed."""
+        self.version += 1
+        for each in (self.entries, self.blobs, self._records):
+            each.clear()
 
     def _entry(self, entry: Entry) -> None:
         self.entries.put(entry.request_id, replace(entry, repeated=False) if entry.repeated else entry)

@@ -42,6 +42,10 @@ class DiskFull(Unavailable):
     """A write did not fit on the disk; nothing of it is kept. Works again when there is space."""
 
 
+class _CommitFailed(Exception):
+    """It may have reached the disk all the same."""
+
+
 class Transaction:
     """What a write function works with: a connection, a place for blobs, and the order of completion."""
 
@@ -99,9 +103,13 @@ class _Write(NamedTuple):
 class Writer:
     """The only thread that writes to the ledger's database and segments."""
 
-    def __init__(self, engine: Engine, segments: SegmentWriter, completions: Iterator[int]) -> None:
-        """`completions` gives numbers above every one in the database. Call on the event loop."""
+    def __init__(
+        self, engine: Engine, segments: SegmentWriter, completions: Iterator[int], on_doubt: Callable[[], None]
+    ) -> None:
+        """`completions` gives numbers above every one in the database. `on_doubt` is called when a commit failed that
+        may have reached the disk, on the event loop, before callers hear of it. Call on the event loop."""
         self._engine = engine
+        self._on_doubt = on_doubt
         self._segments = segments
         self._completions = completions
         self._loop = asyncio.get_running_loop()
@@ -157,6 +165,8 @@ class Writer:
         """Write a batch. If a write in it is at fault, find it by halving, so that it fails alone."""
         try:
             results = self._transact(batch)
+        except _CommitFailed as failed:  # halving would write again what may be there
+            self._loop.call_soon_threadsafe(self._doubt, batch, _explained(failed.__cause__))
         except Exception as error:
             if len(batch) == 1 or isinstance(error, OSError | OperationalError | Unavailable):
                 self._loop.call_soon_threadsafe(_fail, batch, _explained(error))
@@ -181,8 +191,15 @@ class Writer:
                 self._segments.rewind(start)
                 raise
             # From here on a failure may come after the commit has reached the disk: the blobs stay.
-            connection.commit()
+            try:
+                connection.commit()
+            except Exception as error:
+                raise _CommitFailed from error
         return results
+
+    def _doubt(self, batch: list[_Write], error: Exception) -> None:
+        self._on_doubt()
+        _fail(batch, error)
 
 
 def _resolve(batch: list[_Write], results: list[Any]) -> None:
