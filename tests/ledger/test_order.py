@@ -37,7 +37,8 @@ def test_any_order_of_arrival_gives_the_same_turns(parts: list[tuple[str, str]],
         if data.draw(st.booleans()):
             turns += drain(log)
         if data.draw(st.booleans()):
-            log.add(replace(one, repeated=True), 0.0)
+            has_ended = any(turn.entry == one for turn in turns)
+            log.add(replace(one, repeated=True, state="done" if has_ended else one.state), 0.0)
     turns += drain(log)
     assert turns == expected
     assert [turn.entry.seq_id for turn in turns] == [one.seq_id for one in entries if one.state == "accepted"]
@@ -63,6 +64,20 @@ def test_a_log_that_was_recovered_goes_on_as_the_first_would_have(parts: list, d
             last_step = applied
     behind = [one for one in stored.values() if one.seq_id > last_step or one.state == "accepted"]
     assert drain(ModelLog.recovered(applied, last_step, behind, now=0.0)) == drain(log)
+
+
+def test_a_repeat_stands_in_for_a_first_that_nobody_handed_over_and_for_no_other() -> None:
+    log = ModelLog()
+    log.add(replace(entry(0), repeated=True), 0.0)
+    running = log.take(0.0)
+    assert running is not None
+    log.add(replace(entry(0), repeated=True), 0.0)
+    assert log.take(0.0) is None and len(log) == 0, "it runs"
+    log.add(replace(entry(1, state="refused"), repeated=True), 0.0)
+    log.add(entry(2), 0.0)
+    log.ended(replace(entry(0), state="done"))
+    log.add(replace(entry(0), state="done", repeated=True), 0.0)
+    assert [turn.entry.seq_id for turn in drain(log)] == [2]
 
 
 def test_a_gap_is_never_skipped() -> None:

@@ -59,6 +59,7 @@ class BaseModels:
         self._memory = ModelMemory(settings.data_dir)
         self._served: dict[str, Served] = {}
         self._was_ready = False
+        self._doubts = 0
 
     # ------------------------------------------------------------ what is served
 
@@ -238,6 +239,21 @@ class BaseModels:
                 for entry in await self._ledger.pending(stream):
                     served.desk.start(entry, sampler)
 
+    async def take_up(self) -> None:
+        """Run what was recorded by a commit that seemed to have failed (`Ledger.doubts`), and that nobody runs."""
+        doubts = self._ledger.doubts
+        if doubts == self._doubts:
+            return
+        await self._run_end.complete()
+        for served in self:
+            await self._resume(served)
+        for stream in await self._ledger.pending_streams():
+            run = await self._ledger.get(ModelRecord, stream)
+            if run is not None and run.base_model in self:
+                for entry in await self._ledger.pending(stream):
+                    await self.get(run.base_model).conductor.accept(entry)
+        self._doubts = doubts
+
     async def end_runs(self, runs: list[ModelRecord], why: Callable[[str], str] = finished) -> None:
         """Let go of the runs of a finished session, also of those whose base model is not served now. What waits in
         their logs fails with `why` of its run's id."""
@@ -256,9 +272,10 @@ class BaseModels:
         await self._run_end.complete()
 
     async def add_run(self, model: ModelRecord) -> None:
-        """Let a training run's operations run, beginning with those that the ledger has already."""
-        order = await self._ledger.model_log(model.model_id, self._settings.gap_timeout_seconds)
-        self.get(model.base_model).conductor.add_run(model, order)
+        """Let a training run's operations run, beginning with those that the ledger has already. No-op if they do."""
+        conductor = self.get(model.base_model).conductor
+        if not conductor.has(model.model_id):
+            conductor.add_run(model, await self._ledger.model_log(model.model_id, self._settings.gap_timeout_seconds))
 
 
 def how_to_serve(name: str) -> str:

@@ -100,11 +100,17 @@ class Conductor:
     # ------------------------------------------------------------ what the service calls
 
     def add_run(self, record: ModelRecord, order: ModelLog) -> None:
-        """Take a run in, with the log of what has not ended yet."""
+        """Take a run in, with the log of what has not ended yet. No-op if it is here already."""
+        if record.model_id in self._runs:
+            return
         for entry in self._early.pop(record.model_id, ()):  # accepted while the log was being read
             order.add(entry, now=time.monotonic())
         self._runs[record.model_id] = TrainingRun(record, order, self._ledger, self._storage)
         self._work.set()
+
+    def has(self, model_id: str) -> bool:
+        """Whether a run was taken in and has not ended."""
+        return model_id in self._runs
 
     def lacks_before(self, model_id: str, seq_id: int) -> bool:
         """Whether an operation of a run before this one has not arrived yet."""
@@ -121,7 +127,8 @@ class Conductor:
             self._work.set()  # also if nothing came of it
 
     async def accept(self, entry: Entry) -> None:
-        """An entry is in the ledger: run it when its turn comes. It fails if its run has ended meanwhile."""
+        """An entry is in the ledger: run it when its turn comes. It fails if its run has ended meanwhile. No-op if it
+        is here already."""
         if entry.stream not in self._runs:
             model = await self._ledger.get(ModelRecord, entry.stream)
             if model is not None and model.state == "unloaded":
@@ -382,15 +389,18 @@ class Conductor:
             times=times,
         )
         run.ended(ended)
-        self._deaths.pop(entry.request_id, None)
         for record in records:
             if isinstance(record, SamplerRecord) and record.follows is not None:
                 self._desk.publish(record, replaced)
                 replaced = []
         for folder in replaced:
             await self._storage.free(folder)
+        await self._has_ended(run, ended)
+
+    async def _has_ended(self, run: TrainingRun, entry: Entry) -> None:
+        self._deaths.pop(entry.request_id, None)
         self._arrivals.announce(entry.request_id)
-        if ended.kind == "unload_model" and not failed:
+        if entry.kind == "unload_model" and entry.state == "done":
             del self._runs[run.model_id]
             run.mistrust()
             await self._run_end.end(run.model_id, unloaded(run.model_id))
@@ -414,10 +424,16 @@ class Conductor:
         while self._doubtful:
             run = self._doubtful[-1]
             entry = run.turn and await self._ledger.entry(run.turn.entry.request_id)
+            details = entry and details_of(entry)
+            saved = None
+            if isinstance(details, SamplerDetails) and details.inflight:
+                saved = await self._ledger.get(SamplerRecord, details.sampler_id)
+            self._doubtful.pop()
             if entry and entry.state != "accepted":
                 run.ended(entry)
-                self._arrivals.announce(entry.request_id)
-            self._doubtful.pop()
+                if saved is not None:
+                    self._desk.publish(saved, [])  # the weights before go at the next start
+                await self._has_ended(run, entry)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if self.failure is not None:

@@ -312,6 +312,11 @@ class TrainingRuns:
             entry = await self._ledger.append(model.model_id, 0, kind, encode(operation), details=details)
             if not entry.repeated:
                 await self._models.add_run(model)
+            elif entry.state == "accepted":  # perhaps its first was recorded, and the answer lost
+                first = await self._ledger.get(ModelRecord, model.model_id)
+                if first is not None and first.state == "live":
+                    await self._models.add_run(first)
+            await self._accept(model, entry)
         await self._sessions.end_if_finished(model.session_id)
         return entry
 
@@ -337,8 +342,9 @@ class TrainingRuns:
         return entry
 
     async def _accept(self, model: ModelRecord, entry: Entry) -> None:
-        """Hand an entry over; one whose base model is not served now is taken up when that is served again."""
-        if not entry.repeated and model.base_model in self._models:
+        """Hand an entry over; one whose base model is not served now is taken up when that is served again. A repeat
+        too: the first may have been recorded without an answer, and handed over by nobody."""
+        if entry.state in ("accepted", "refused") and model.base_model in self._models:
             await self._models.get(model.base_model).conductor.accept(entry)
 
 

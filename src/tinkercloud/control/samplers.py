@@ -159,7 +159,7 @@ class Samplers:
             return encode(replace(operation, request_id=own, tenant=sampler.session_id)), details
 
         entry = await self._ledger.append(sampler.sampler_id, seq_id, "sample", draft, num_tokens=operation.num_tokens)
-        if not entry.repeated and sampler.base_model in self._models:
+        if entry.state == "accepted" and sampler.base_model in self._models:  # a repeat too: see TrainingRuns._accept
             self._models.get(sampler.base_model).desk.start(entry, sampler)
         return entry
 

@@ -110,8 +110,10 @@ class Service:
         return await self._ledger.events(start, end)
 
     async def tidy(self, now: float) -> None:
-        """One round of housekeeping: park silent sessions, unload idle models, drop what is past its retention."""
+        """One round of housekeeping: take up what a lost answer has left, park silent sessions, unload idle models,
+        drop what is past its retention."""
         await _each(
+            self.models.take_up(),
             self.sessions.park_silent(now),
             self.models.unload_idle(),
             self._ledger.expire(now),

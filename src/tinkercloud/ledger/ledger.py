@@ -112,8 +112,8 @@ class Ledger:
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ledger-reader")
         self._recent = Recent()
         self.doubts = 0
-        """How many commits failed that may have reached the disk: what was to be appended, and was refused for that, may
-        be there."""
+        """How many commits failed that may have reached the disk: what was to be appended, and was refused for that,
+        may be there."""
         self._writer = Writer(writing, segment_writer, count(last_completion + 1), self._doubt)
         self._touches = catalog.Touches({}, {})
         self._retrieved: dict[str, float] = {}

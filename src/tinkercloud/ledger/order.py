@@ -47,6 +47,8 @@ class ModelLog:
         self._gap_timeout = gap_timeout
         self._waiting: dict[int, tuple[Entry, float]] = {}
         self._overdue: deque[Turn] = deque()
+        self._open: set[int] = set()
+        """What has arrived and not ended, whether it waits or runs."""
         self._last_step = -1
         self._first_missing = self.next_seq
         """No later than the first one that has not arrived; never goes back, so that looking for it stays cheap."""
@@ -80,12 +82,15 @@ class ModelLog:
     # ------------------------------------------------------------ arrivals and ends
 
     def add(self, entry: Entry, now: float) -> None:
-        """An accepted or refused entry has arrived; one that only repeats an earlier one changes nothing."""
-        if entry.repeated or entry.seq_id in self._waiting:
+        """An accepted or refused entry has arrived, as the ledger has it now; one that is here already, or has ended,
+        changes nothing."""
+        if entry.seq_id in self._open or entry.state not in ("accepted", "refused"):
             return
         if entry.seq_id >= self.next_seq:
+            self._open.add(entry.seq_id)
             self._waiting[entry.seq_id] = (entry, now)
         elif entry.state == "accepted":
+            self._open.add(entry.seq_id)
             error = (
                 f"{entry.kind} {entry.seq_id} was not run: it arrived after the model had gone on without it to "
                 f"operation {self.next_seq} (after {self._gap_timeout:.0f} s); send it again as a new operation"
@@ -94,6 +99,7 @@ class ModelLog:
 
     def ended(self, entry: Entry) -> None:
         """How a turn ended, as the ledger recorded it. Tell it of every turn before an optim_step's is taken."""
+        self._open.discard(entry.seq_id)
         if entry.kind == "forward_backward" and entry.state in ("refused", "failed"):
             if entry.seq_id > self._last_step:
                 self.poisoned_by = self.poisoned_by or entry
