@@ -89,9 +89,10 @@ class Checkpoints:
     async def delete(self, path: str, owner: str) -> None:
         """Forget a checkpoint. Its files go with the last copy and the last sampler that has them; a load that was
         accepted before has its own hold on them."""
-        checkpoint = await self.owned(path, owner)
-        await self._ledger.remove(CheckpointRecord, path)
-        await self._storage.free(checkpoint.folder)
+        await self.owned(path, owner)
+        removed = await self._ledger.remove(CheckpointRecord, path)  # an overwrite may have come in between
+        if removed is not None:
+            await self._storage.free(removed.folder)
 
     async def publish(self, path: str, owner: str, public: bool) -> None:
         """Let every owner read a checkpoint, or no other any more. What others made of it meanwhile stays theirs."""
