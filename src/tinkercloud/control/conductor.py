@@ -253,17 +253,21 @@ class Conductor:
         late = [run for run in self._runs.values() if run.wants_snapshot(self._settings, time.monotonic())]
         if engine is None or not late:
             return
-        async with self._between_cycles:
-            for run in late:
+        for run in late:
+            async with self._between_cycles:
                 await run.snapshot(engine)
+            if self._runnable():
+                return  # the others have time until there is nothing to do again
+
+    def _runnable(self) -> set[str]:
+        now = time.monotonic()
+        return {run.model_id for run in self._runs.values() if run.turn or run.order.peek(now)}
 
     async def _gather(self) -> None:
         """Let operations that are about to come take part in the next cycle."""
         since = time.monotonic()
         while True:
-            now = time.monotonic()
-            runnable = {run.model_id for run in self._runs.values() if run.turn or run.order.peek(now)}
-            left = self._gathering.deadline(runnable, since) - now
+            left = self._gathering.deadline(self._runnable(), since) - time.monotonic()
             if left <= 0:
                 return
             self._work.clear()
