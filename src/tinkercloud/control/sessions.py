@@ -80,9 +80,10 @@ class Sessions:
         await self.touch(session)
 
     async def touch(self, session: SessionRecord) -> None:
-        """A sign of life; a parked session's state comes back with its next operation."""
+        """A sign of life; a parked session's state comes back with its next operation. Ended."""
         if session.state == "parked":
-            await self._ledger.change(SessionRecord, session.session_id, state="active")
+            await self._ledger.change(SessionRecord, session.session_id, only={"state": "parked"}, state="active")
+            await self.active(session.session_id, session.owner)
         self._ledger.heartbeat(session.session_id)
 
     async def finish(self, session_id: str, owner: str, reason: str) -> None:
@@ -152,13 +153,22 @@ class Sessions:
         have been silent for the whole retention time."""
         for session in await self._ledger.find(SessionRecord, state="parked"):
             if session.last_heartbeat <= now - self._retention:
-                log.info("session %s did not come back; finished", session.session_id)
-                await self._end(session, "silent for too long")
+                reason, silent = "silent for too long", {"state": "parked"}
+                ended = await self._ledger.change(
+                    SessionRecord, session.session_id, only=silent, state="finished", finish_reason=reason
+                )
+                if ended is not None and ended.state == "finished":
+                    log.info("session %s did not come back; finished", session.session_id)
+                    await self._end(ended, reason)
         for session in await self._ledger.find(SessionRecord, state="active"):
             if session.last_heartbeat > now - self._timeout:
                 continue
+            parked = await self._ledger.change(
+                SessionRecord, session.session_id, only={"state": "active"}, state="parked"
+            )
+            if parked is None or parked.state != "parked":
+                continue  # it has finished meanwhile
             log.info("session %s is silent; parked", session.session_id)
-            await self._ledger.change(SessionRecord, session.session_id, state="parked")
             models = await self._ledger.find(ModelRecord, session_id=session.session_id)
             for served in self._models:
                 await served.conductor.park([model.model_id for model in models])

@@ -51,7 +51,9 @@ _KINDS: dict[type, _Kind] = {
         "created_at",
         frozenset({"state", "last_request_at"}),
     ),
-    SamplerRecord: _Kind(schema.samplers, ("sampler_id",), ("sampler_id",), "created_at", frozenset()),
+    SamplerRecord: _Kind(
+        schema.samplers, ("sampler_id",), ("sampler_id",), "created_at", frozenset({"folder", "version"})
+    ),
     CheckpointRecord: _Kind(
         schema.checkpoints,
         ("path",),
@@ -74,6 +76,8 @@ class Change(NamedTuple):
     kind: type
     key: tuple[Any, ...]
     values: dict[str, Any]
+    only: dict[str, Any]
+    """What its fields must have for that."""
 
 
 # ---------------------------------------------------------------- writes
@@ -94,14 +98,14 @@ def put(transaction: Transaction, record: R) -> R:
 
 
 def change(transaction: Transaction, changes: list[Change]) -> list[CatalogRecord | None]:
-    """The changed records; None where there is no such record. ValueError for a field that never changes."""
+    """The records as they are then; None where there is no such record. ValueError for a field that never changes."""
     results = []
     for item in changes:
         kind = _KINDS[item.kind]
         if fixed := sorted(item.values.keys() - kind.mutable):
             raise ValueError(f"{item.kind.__name__}.{fixed[0]} never changes; these do: {sorted(kind.mutable)}")
         values = msgspec.to_builtins(item.values)
-        where = _where(kind.table, dict(zip(kind.key, item.key, strict=True)))
+        where = _where(kind.table, dict(zip(kind.key, item.key, strict=True)) | item.only)
         transaction.connection.execute(update(kind.table).where(where).values(values))
         results.append(get(transaction.connection, item.kind, item.key))
     return results

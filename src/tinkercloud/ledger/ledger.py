@@ -294,9 +294,11 @@ class Ledger:
     async def count(self, kind: type[CatalogRecord], **fields: Any) -> int:
         return await self._read(catalog.count, kind, fields)
 
-    async def change(self, kind: type[R], *key: Any, **values: Any) -> R | None:
-        """The record with new values; None if there is none. ValueError for a field that never changes."""
-        return self._fresh(await self._change(catalog.change, catalog.Change(kind, key, values), kind, key))
+    async def change(self, kind: type[R], *key: Any, only: Mapping[str, Any] | None = None, **values: Any) -> R | None:
+        """The record with new values; None if there is none. With `only` it is changed if its fields have these values,
+        and returned as it is. ValueError for a field that never changes."""
+        change = catalog.Change(kind, key, values, dict(only or {}))
+        return self._fresh(await self._change(catalog.change, change, kind, key))
 
     async def remove(self, kind: type[R], *key: Any) -> R | None:
         """The record that was there."""
