@@ -1,11 +1,13 @@
 """Inflight samplers: those of a run share its newest weights, over restarts, ends and budgets; older folders go."""
 
+import asyncio
 import time
 
 import numpy as np
 import pytest
 
-from tests.control.conftest import OWNER, Client, kill_engine
+from tests.control.conftest import NANO, OWNER, Client, kill_engine
+from tinkercloud.control.inflight import InflightWeights
 from tinkercloud.control.verify import problems
 from tinkercloud.engine.types import Sample, SampleOutput, SamplingParams
 from tinkercloud.errors import Ended, NotFound
@@ -69,6 +71,42 @@ def test_all_of_a_run_have_the_newest_weights_whatever_happens(serving, run, tmp
             assert live == [False, False, True, True]
 
     run(story)
+
+
+def test_one_that_is_stopped_leaves_its_weights_to_the_others(shared):
+    async def story(service):
+        desk, data = service.models.get(NANO).desk, service._keeper._data_dir
+        client = await Client.create(service)
+        first = await saved(client, 0)
+        await client.steps(1)
+        newest = await saved(client, 1)
+        expected = await drawn(service, first)
+        await service.operator.stop_sampler(newest.sampler_id)
+        with pytest.raises(NotFound):
+            await service.samplers.get(newest.sampler_id, OWNER)
+        await desk.close(first.sampler_id)
+        assert await drawn(service, first) == expected
+        assert (await InflightWeights(service._ledger).of(first)).folder == newest.folder, "after a start, too"
+        assert (data / newest.folder).is_dir()
+        await service.operator.stop_sampler(first.sampler_id)
+        assert not (data / newest.folder).exists()
+
+    shared(story)
+
+
+def test_new_weights_are_opened_when_all_places_are_in_use(shared, monkeypatch):
+    async def story(service):
+        desk, data = service.models.get(NANO).desk, service._keeper._data_dir
+        monkeypatch.setattr(desk, "_limit", 1)
+        client = await Client.create(service)
+        first = await saved(client, 0)
+        running = await sample(service, first, 400)
+        newest = await saved(client, 1)
+        await asyncio.gather(*desk._publishing)
+        assert newest.sampler_id in desk._opened and not (data / first.folder).exists()
+        assert isinstance(await Client._finished(service, running), SampleOutput)
+
+    shared(story)
 
 
 def test_they_stay_while_their_session_lives_and_go_with_it(serving, run, tmp_path):

@@ -36,6 +36,21 @@ class InflightWeights:
                 self.publish(known)
         return self._newest.get(model_id)
 
+    async def leave(self, sampler: SamplerRecord) -> bool:
+        """An inflight sampler is about to be removed from the ledger: if it has its run's weights, another one that
+        follows the run has them from now on. False if there is none, and the weights may go."""
+        if sampler.follows is None:
+            return False
+        followers = await self._ledger.find(SamplerRecord, follows=sampler.follows)  # newest first
+        others = [other for other in followers if other.sampler_id != sampler.sampler_id]
+        is_newest = (await self.of(sampler)).sampler_id == sampler.sampler_id
+        if others and is_newest:
+            folder, version = sampler.folder, sampler.version
+            heir = await self._ledger.change(SamplerRecord, others[0].sampler_id, folder=folder, version=version)
+            if heir is not None:
+                self._newest.put(sampler.follows, heir)
+        return bool(others) and is_newest
+
     def publish(self, sampler: SamplerRecord) -> None:
         """An inflight sampler is in the ledger: its weights are its run's, unless newer ones are known."""
         assert sampler.follows is not None

@@ -152,6 +152,9 @@ class SamplerDesk:
             opened = None if engine is None else await self._open(engine, sampler)
         except EngineDied:
             opened = None  # the next one opens the newest weights
+        except Exception:
+            log.exception("inflight weights of %s could not be opened; the next sample opens them", sampler.follows)
+            return
         if isinstance(opened, Failure):  # those before are still good for something
             log.error("inflight weights of %s cannot be sampled from: %s", sampler.follows, opened.error)
             return
@@ -174,11 +177,14 @@ class SamplerDesk:
             await self.close(sampler.sampler_id)
 
     async def _run_to_the_end(self, entry: Entry, sampler: SamplerRecord) -> None:
+        result: Result | None = None
+        began = time.time()
         while True:
             try:
-                payload = await self._ledger.payload(entry.request_id)
-                began = time.time()
-                result = await self._sample(entry.request_id, payload, sampler)
+                if result is None:
+                    payload = await self._ledger.payload(entry.request_id)
+                    began = time.time()
+                    result = await self._sample(entry.request_id, payload, sampler)
                 await self._ledger.complete(
                     entry.request_id,
                     encode(result),
@@ -194,9 +200,9 @@ class SamplerDesk:
                 await asyncio.sleep(RETRY_SECONDS)
             except Exception as error:
                 log.exception("sample %s cannot be run", entry.request_id)
-                failure = Failure(f"the stored sample cannot be read: {error}", "server")
-                await self._ledger.complete(entry.request_id, encode(failure), failed=True)
-                return self._arrivals.announce(entry.request_id, client_of(entry))
+                if result is not None:
+                    await asyncio.sleep(RETRY_SECONDS)
+                result = Failure(f"the stored sample cannot be read: {error}", "server")
 
     async def _sample(self, request_id: str, payload: bytes, sampler: SamplerRecord) -> Result:
         while True:
@@ -241,23 +247,28 @@ class SamplerDesk:
         opening = self._opened.get(sampler.sampler_id)
         if opening is None:
             opening = self._opened[sampler.sampler_id] = asyncio.ensure_future(self._ask_to_open(engine, sampler))
-            await self._close_unused()
-        self._opened.move_to_end(sampler.sampler_id)
-        result = await asyncio.shield(opening)
-        if isinstance(result, Failure):
-            self._opened.pop(sampler.sampler_id, None)
-        return result
+            opening.add_done_callback(lambda ended: self._keep_if_open(sampler.sampler_id, ended))
+            await self._close_unused(sampler.sampler_id)
+        else:
+            self._opened.move_to_end(sampler.sampler_id)
+        return await asyncio.shield(opening)
+
+    def _keep_if_open(self, sampler_id: str, opening: asyncio.Future[Result]) -> None:
+        """What did not work the next sample tries again."""
+        is_open = not opening.cancelled() and not opening.exception() and not isinstance(opening.result(), Failure)
+        if not is_open and self._opened.get(sampler_id) is opening:
+            del self._opened[sampler_id]
 
     async def _ask_to_open(self, engine: EngineHandle, sampler: SamplerRecord) -> Result:
         weights = await self.inflight.of(sampler)  # nothing is awaited from here to the engine: none is newer
         shared = sampler.follows or ""
         return await engine.ask(encode(OpenSampler(sampler.sampler_id, weights.folder, shared, sampler.owner)))
 
-    async def _close_unused(self) -> None:
+    async def _close_unused(self, spared: str) -> None:
         for sampler_id in list(self._opened):
             if len(self._opened) <= self._limit:
                 return
-            if not self.runs(sampler_id):
+            if sampler_id != spared and not self.runs(sampler_id):
                 await self.close(sampler_id)
 
 

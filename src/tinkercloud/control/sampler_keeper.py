@@ -109,8 +109,9 @@ class SamplerKeeper:
         try:
             yield
             async with self.changing:
+                is_left = await self._inflight.leave(sampler)
                 await self._ledger.remove(SamplerRecord, sampler.sampler_id)
-                await self._drop_folder(sampler)
+                await (self.close(sampler) if is_left else self._drop_folder(sampler))
         finally:
             self._removing.discard(sampler.sampler_id)
         self._used_at.pop(sampler.sampler_id, None)
