@@ -1,13 +1,15 @@
 """How long samplers and their results stay, and what a client is told of those that are gone."""
 
+import asyncio
 import time
 
 import numpy as np
 import pytest
 
 from tests.control.conftest import BATCH, NANO, OWNER, Client, before_the_next_append
+from tinkercloud.control import sampler_desk
 from tinkercloud.control.verify import problems
-from tinkercloud.engine.types import ForwardBackward, Sample, SampleOutput, SamplingParams
+from tinkercloud.engine.types import Failure, ForwardBackward, Sample, SampleOutput, SamplingParams
 from tinkercloud.errors import Ended, NotFound
 from tinkercloud.ledger.records import CheckpointRecord, SessionRecord
 
@@ -132,8 +134,14 @@ def test_an_accepted_sample_keeps_its_weights(serving, run, tmp_path):
             waiting = [await sample(service, sampler, 0, max_tokens=400) for sampler in samplers]
             dropped = await sample(service, samplers[1], 1, max_tokens=400)
             await service.sessions.finish(client.session.session_id, OWNER, "success")
+            extra = await ephemeral(silent, 1)
+            stopped = await sample(service, extra, 0, max_tokens=400)
             await service.models.withdraw(NANO)
             await service.samplers.cancel(dropped.request_id, OWNER)
+            polled = asyncio.create_task(service.futures.completions(extra, 0, 0, timeout=60))
+            await asyncio.sleep(0.05)
+            await service.operator.stop_sampler(extra.sampler_id)
+            assert [ended.request_id for ended in await asyncio.wait_for(polled, 10)] == [stopped.request_id]
             await service.sessions.finish(late.session.session_id, OWNER, "success")
             await service._ledger.change(SessionRecord, silent.session.session_id, state="parked")
             service._keeper._budget = 1
@@ -149,6 +157,46 @@ def test_an_accepted_sample_keeps_its_weights(serving, run, tmp_path):
             assert [folder.is_dir() for folder in folders] == [False, True, False], "then they go with their sessions"
 
     run(story)
+
+
+def test_a_sample_outlives_what_happens_to_the_machine(shared, monkeypatch):
+    """An opening that fails, and an outcome that cannot be stored."""
+    monkeypatch.setattr(sampler_desk, "RETRY_SECONDS", 0.01)
+
+    def fail_once(owner, name, error):
+        works = getattr(owner, name)
+
+        async def fails(*_, **__):
+            monkeypatch.setattr(owner, name, works)
+            raise error
+
+        monkeypatch.setattr(owner, name, fails)
+
+    async def story(service):
+        sampler = await service.samplers.create((await Client.create(service)).session, 0, NANO, None)
+        fail_once(service.models.get(NANO).desk, "_ask_to_open", OSError("a disk that fails"))
+        assert isinstance(await Client._finished(service, await sample(service, sampler, 0)), SampleOutput)
+
+        fail_once(service._ledger, "payload", ValueError("what is stored is broken"))
+        fail_once(service._ledger, "complete", OSError("a disk that fails"))
+        outcome = await Client._finished(service, await sample(service, sampler, 1))
+        assert isinstance(outcome, Failure) and "what is stored is broken" in outcome.error
+
+    shared(story)
+
+
+def test_a_session_that_finishes_does_not_come_back(shared):
+    """Whoever has read its state before."""
+
+    async def story(service):
+        session, ledger = (await Client.create(service)).session, service._ledger
+        parked = await ledger.change(SessionRecord, session.session_id, state="parked")
+        await service.sessions.finish(session.session_id, OWNER, "success")
+        with pytest.raises(Ended):
+            await service.sessions.touch(parked)
+        assert (await service.sessions.get(session.session_id, OWNER)).state == "finished"
+
+    shared(story)
 
 
 def test_a_sample_that_is_accepted_while_its_session_finishes_runs(shared, monkeypatch):

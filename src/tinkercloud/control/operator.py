@@ -11,6 +11,7 @@ from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.futures import Futures
 from tinkercloud.control.run_end import stopped
 from tinkercloud.control.runs import TrainingRuns
+from tinkercloud.control.sampler_desk import client_of
 from tinkercloud.control.sampler_keeper import SamplerKeeper
 from tinkercloud.control.sessions import Sessions
 from tinkercloud.engine.types import Failure
@@ -98,7 +99,7 @@ class Operator:
                     else:
                         failure = encode(Failure(f"sampler {sampler_id} was {REASON}", "user"))
                         await self._ledger.complete(entry.request_id, failure, failed=True)
-                        self._arrivals.announce(entry.request_id, sampler_id)
+                        self._arrivals.announce(entry.request_id, client_of(entry))
                 await asyncio.sleep(LOOK_SECONDS)
 
     async def _session(self, session_id: str) -> SessionRecord:
