@@ -5,7 +5,6 @@ from tests.serving import Server
 
 FAULTS = (
     Fault("engine", "rename", 1, kills=True),
-    Fault("server", "link", 1, kills=True),
     Fault("engine", "write", 2, kills=False),
     Fault("server", "pwrite64", 3, kills=False),
 )

@@ -53,12 +53,14 @@ def _expire(transaction: Transaction, now: float) -> list[str]:
 
 
 def needed_for_replay() -> ColumnElement[bool]:
-    """That an entry is in a live model's log, behind its oldest snapshot (anywhere, if the model has none)."""
-    oldest = select(func.min(snapshots.c.seq_id)).where(snapshots.c.model_id == entries.c.stream)
+    """That an entry is in a live model's log, behind the older one of its snapshots (anywhere, if the model has no two:
+    should the only one be damaged, all of the log is run again)."""
+    older = case((func.count() > 1, func.min(snapshots.c.seq_id)), else_=-1)
+    behind = select(older).where(snapshots.c.model_id == entries.c.stream).correlate(entries).scalar_subquery()
     return exists().where(
         models.c.model_id == entries.c.stream,
         models.c.state == "live",
-        entries.c.seq_id > func.coalesce(oldest.correlate(entries).scalar_subquery(), -1),
+        entries.c.seq_id > behind,
     )
 
 
