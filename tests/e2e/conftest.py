@@ -20,6 +20,7 @@ def server(tmp_path_factory):
     """The embedded model, served for the whole test run."""
     with Server(tmp_path_factory.mktemp("server") / "data") as running:
         yield running
+        running.kill()  # a stop would save the hundreds of runs that the tests have made
 
 
 @pytest.fixture(scope="session")
