@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sqlite3
 from pathlib import Path
 
-from sqlalchemy import URL, insert, inspect, select, text
+from sqlalchemy import URL, Connection, func, insert, inspect, select, text
 
 from tinkercloud.ledger import database, schema
 from tinkercloud.ledger.files import sync
@@ -36,7 +37,9 @@ def _copy_file(source: URL, target: URL) -> None:
         raise NotEmpty(f"{target.database} is there already")
     try:
         with (
-            contextlib.closing(sqlite3.connect(f"file:{source.database}?mode=ro", uri=True)) as old,
+            contextlib.closing(
+                sqlite3.connect(f"{Path(str(source.database)).absolute().as_uri()}?mode=ro", uri=True)
+            ) as old,
             contextlib.closing(sqlite3.connect(str(target.database))) as new,
         ):
             old.backup(new)
@@ -62,13 +65,25 @@ def _copy_rows(source: URL, target: URL) -> None:
                 for table in schema.metadata.sorted_tables:
                     for rows in old.execution_options(yield_per=ROWS).execute(select(table)).mappings().partitions():
                         new.execute(insert(table), [dict(row) for row in rows])
+                if target.get_backend_name() == "postgresql":
+                    _count_on(new)
     finally:
         old_engine.dispose()
         new_engine.dispose()
 
 
+def _count_on(connection: Connection) -> None:
+    """Let PostgreSQL's own numbers go on behind those of the rows that were copied: it does not notice given ones."""
+    for table in schema.metadata.sorted_tables:
+        column = table.autoincrement_column
+        if column is not None:
+            highest = connection.scalar(select(func.max(column)))
+            if highest is not None:
+                connection.execute(select(func.setval(func.pg_get_serial_sequence(table.name, column.name), highest)))
+
+
 def copy_segments(source: Path, target: Path) -> None:
-    """Copy the segment files that are there, again if they have grown since an earlier call.
+    """Copy the segment files that are there, again if they have changed since an earlier call.
 
     Not links: what is appended to one of two servers' files must not be in the other's.
     """
@@ -76,6 +91,13 @@ def copy_segments(source: Path, target: Path) -> None:
     for file in sorted(source.glob("*.seg")):
         copy = target / file.name
         with contextlib.suppress(FileNotFoundError):  # its blobs have all expired
-            if not copy.exists() or copy.stat().st_size < file.stat().st_size:
+            before = file.stat()
+            if not copy.exists() or _version(copy.stat()) != _version(before):
                 shutil.copyfile(file, copy)
+                os.utime(copy, ns=(before.st_atime_ns, before.st_mtime_ns))
                 sync(copy)
+
+
+def _version(of: os.stat_result) -> tuple[int, int]:
+    """What differs when a file was written to; not its size alone, since a batch that failed is written over."""
+    return of.st_size, of.st_mtime_ns

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 
 from tinkercloud.errors import Unavailable
 
@@ -32,6 +33,10 @@ WRITER_LOCK_SECONDS = 5.0
 
 class DatabaseInUse(Unavailable):
     """Another server writes to the database."""
+
+
+class Silent(Unavailable):
+    """The database cannot be reached now, or is busy. Works again when it can."""
 
 
 class WrongVersion(Exception):
@@ -67,7 +72,9 @@ _RIGHT = "sqlite:////absolute/path/ledger.db or postgresql+psycopg://USER:PASSWO
 
 def address_in(data_dir: Path, url: str | None) -> URL:
     """The database of a data directory; without a `url`, SQLite in it. Raises `UnusableDatabase`."""
-    return parse_url(url or f"sqlite:///{data_dir.absolute() / 'ledger.db'}")
+    if url is None:
+        return URL.create("sqlite", database=str(data_dir.absolute() / "ledger.db"))  # a path may have any character
+    return parse_url(url)
 
 
 @contextlib.contextmanager
@@ -83,6 +90,34 @@ def opening(url: URL) -> Iterator[None]:
             else "its server must run and let this user make tables"
         )
         raise UnusableDatabase(f"the database {url.render_as_string()} cannot be used: {why}; {mend}") from None
+
+
+_SQLITE_PASSING = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR}
+"""SQLite calls an error in a statement operational too; these are none."""
+
+
+def explained(error: DBAPIError) -> Exception:
+    """`Silent` for what passes when the database is there again; anything else is itself."""
+    code = getattr(error.orig, "sqlite_errorcode", None)
+    # The low byte is the kind of the error, what is above it the details.
+    passes = isinstance(error, OperationalError) if code is None else code & 0xFF in _SQLITE_PASSING
+    if not (passes or error.connection_invalidated):
+        return error
+    silent = Silent("the database does not answer; send this again later (the server's log has the reason)")
+    silent.__cause__ = error
+    return silent
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """Errors of the database in this block are `explained`."""
+    try:
+        yield
+    except DBAPIError as error:
+        silent = explained(error)
+        if silent is error:
+            raise
+        raise silent from error
 
 
 def connect(url: URL | str, connections: int) -> Engine:

@@ -42,7 +42,7 @@ def opened(data_dir: Path, url: str | None = None) -> Iterator[Connection]:
         raise NoLedger(f"{data_dir} has no ledger.db: give the data directory of a server")
     lock = DataDirLock(data_dir)
     try:
-        engine = database.connect(url or f"sqlite:///{file.absolute()}", connections=1)
+        engine = database.connect(database.address_in(data_dir, url), connections=1)
         try:
             with engine.connect() as connection:
                 _check_version(connection, data_dir)
