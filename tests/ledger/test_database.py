@@ -11,9 +11,12 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
+from sqlalchemy.exc import OperationalError
 
 from tests.postgresql import PostgreSQL
+from tests.serving import free_port
 from tinkercloud.engine.types import LoraConfig
+from tinkercloud.errors import Unavailable
 from tinkercloud.ledger import Ledger, database, schema
 from tinkercloud.ledger.lock import DataDirInUse, DataDirLock
 from tinkercloud.ledger.records import CheckpointRecord, ModelRecord
@@ -172,4 +175,19 @@ def test_commits_wait_for_the_disk_unless_told_otherwise(url: str, sync_to_disk:
     )
     with engine.connect() as connection:
         assert connection.scalar(text(asked)) == (waits if sync_to_disk else not_at_all)
+    engine.dispose()
+
+
+def test_a_database_that_does_not_answer_is_waited_for_and_a_wrong_statement_is_not(tmp_path: Path) -> None:
+    away = database.connect(f"postgresql+psycopg://nobody@127.0.0.1:{free_port()}/none", 1)
+    with pytest.raises(Unavailable, match="does not answer"), database.answering(), away.connect():
+        pass
+    engine = database.connect(f"sqlite:///{tmp_path / 'ledger.db'}", 2)
+    with pytest.raises(OperationalError, match="no such table"), database.answering(), engine.connect() as connection:
+        connection.execute(text("SELECT 1 FROM missing"))
+    with engine.connect() as writing, engine.connect() as waiting:
+        writing.execute(text("CREATE TABLE something (x)"))
+        waiting.execute(text("PRAGMA busy_timeout=0"))
+        with pytest.raises(Unavailable, match="does not answer"), database.answering():
+            waiting.execute(text("CREATE TABLE another (x)"))
     engine.dispose()

@@ -62,3 +62,11 @@ async def test_making_the_database_is_no_sign_of_a_server(tmp_path: Path) -> Non
     with keys.changing(tmp_path, None):
         pass
     assert DataDirLock(tmp_path).last_alive == 1000
+
+
+async def test_a_data_directory_is_its_owners(tmp_path: Path) -> None:
+    with keys.changing(tmp_path / "a" / "data", None):
+        pass
+    await (await Ledger.open(tmp_path / "b" / "data")).close()
+    for made in ("a", "b"):
+        assert (tmp_path / made / "data").stat().st_mode & 0o077 == 0

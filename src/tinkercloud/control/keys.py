@@ -9,6 +9,7 @@ import time
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.keys import digest
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import KeyRecord
@@ -73,7 +74,7 @@ class Keys:
             await asyncio.sleep(REFRESH_SECONDS)
             try:
                 await self.refresh()
-            except (OSError, SQLAlchemyError):
+            except (OSError, SQLAlchemyError, Unavailable):
                 log.exception("the keys could not be read again; those that were valid stay so meanwhile")
 
 

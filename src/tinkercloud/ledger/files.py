@@ -20,6 +20,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_private(folder: Path) -> None:
+    """Make a data directory that is not there: what users train on lies in it, and is for the server's account only.
+    One that is there keeps its mode."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
 def link_files(source: Path, target: Path, top: Path) -> None:
     """Give a folder's files a second place, `target` below `top`: the same bytes, which nobody changes, or where the
     file system cannot do that a copy."""

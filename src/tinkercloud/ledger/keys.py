@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
-from sqlalchemy import Connection, insert, inspect, select, text, update
+from sqlalchemy import URL, Connection, Engine, insert, inspect, select, text, update
 
 from tinkercloud.ledger import database
+from tinkercloud.ledger.files import make_private
 from tinkercloud.ledger.lock import DataDirInUse, DataDirLock
 from tinkercloud.ledger.records import KeyRecord
 from tinkercloud.ledger.schema import api_keys
@@ -69,31 +70,33 @@ def revoke_all(transaction: Transaction, revocations: list[tuple[int, float]]) -
 def changing(data_dir: Path, url: str | None) -> Iterator[Connection]:
     """The database of a data directory, in one transaction, beside a server that may be running on it.
 
-    Raises `UnusableDatabase`, `WrongVersion`, and `DataDirInUse` if the database is of an older version and a server
-    has it open.
+    Raises `UnusableDatabase`, `WrongVersion`, and `DataDirInUse` or `DatabaseInUse` if the database is of an older
+    version and a server has it open.
     """
-    data_dir.mkdir(parents=True, exist_ok=True)
+    make_private(data_dir)
     address = database.address_in(data_dir, url)
     with database.opening(address):
         engine = database.connect(address, 1)
         try:
-            _bring_up(engine, data_dir)
+            _bring_up(engine, address, data_dir)
             with engine.begin() as connection:
                 yield connection
         finally:
             engine.dispose()
 
 
-def _bring_up(engine: database.Engine, data_dir: Path) -> None:
+def _bring_up(engine: Engine, address: URL, data_dir: Path) -> None:
     with engine.connect() as connection:
         if inspect(connection).has_table("alembic_version"):
             revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
             if revision == database.HEAD:
                 return
     lock = DataDirLock(data_dir)  # an older server may be using it
+    writing = database.connect_writer(address)  # another data directory's may be using the database
     try:
-        database.migrate(engine)
+        database.migrate(writing)
     finally:
+        writing.dispose()
         # That the data directory was looked at does not make a server alive.
         os.utime(data_dir / "ledger.lock", (lock.last_alive, lock.last_alive))
         lock.release()

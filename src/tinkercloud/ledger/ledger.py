@@ -30,6 +30,7 @@ from tinkercloud.ledger import (
     timeline,
     usage,
 )
+from tinkercloud.ledger.files import make_private
 from tinkercloud.ledger.lock import DataDirLock
 from tinkercloud.ledger.order import GAP_TIMEOUT, ModelLog
 from tinkercloud.ledger.recent import Recent
@@ -477,7 +478,7 @@ class Ledger:
 
     async def _read(self, function: Callable[..., T], *arguments: Any) -> T:
         def run() -> T:
-            with self._engines[0].connect() as connection:
+            with database.answering(), self._engines[0].connect() as connection:
                 return function(connection, *arguments)
 
         return await asyncio.get_running_loop().run_in_executor(self._readers, run)
@@ -530,7 +531,7 @@ def _forget(times: dict[str, float], written: dict[str, float]) -> None:
 def _open(
     data_dir: Path, url: str | None, sync_to_disk: bool
 ) -> tuple[DataDirLock, Engine, Engine, segments.SegmentWriter, int]:
-    data_dir.mkdir(parents=True, exist_ok=True)
+    make_private(data_dir)
     lock = DataDirLock(data_dir)
     try:
         address = database.address_in(data_dir, url)

@@ -22,7 +22,7 @@ from sqlalchemy import Connection, Engine, insert, update
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from tinkercloud.errors import Unavailable
-from tinkercloud.ledger import schema
+from tinkercloud.ledger import database, schema
 from tinkercloud.ledger.segments import Blob, SegmentWriter
 
 SMALL_BYTES = 128 * 2**10
@@ -223,4 +223,4 @@ def _explained(error: Exception) -> Exception:
         full = DiskFull("the server's disk is full: free space in its data directory; nothing was recorded")
         full.__cause__ = error
         return full
-    return error
+    return database.explained(error) if isinstance(error, DBAPIError) else error
