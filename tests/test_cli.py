@@ -16,13 +16,16 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import httpx
 import pytest
 from click.testing import Result
 from rich.color import ColorSystem
 from typer.testing import CliRunner
 
-from tinkercloud.cli import doctor, serve
+from tinkercloud.api import tokens
+from tinkercloud.cli import admin, doctor, serve
 from tinkercloud.cli.app import app
+from tinkercloud.cli.console import CommandError
 from tinkercloud.cli.demo import LESSON
 
 COMMAND = [sys.executable, "-m", "tinkercloud"]
@@ -394,3 +397,39 @@ def test_the_demo_teaches_and_stops_its_server():
     assert last < 0.1 * first
     url = re.search(r"http://\S+", before)[0]
     assert "no server answers" in run("models", "list", "--url", url).stderr
+
+
+@pytest.mark.parametrize("name", ["unbound-team/alice", "a..b", "a b", "", "..", "a\n"])
+def test_a_user_has_a_name_that_a_folder_can_have(tmp_path, name):
+    made = CliRunner().invoke(app, ["keys", "create", "--data-dir", str(tmp_path / "data"), "--", name])
+    assert isinstance(made.exception, CommandError) and "is no name for a user" in str(made.exception)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "trusted"),
+    [
+        ("http://127.0.0.1:9", True),
+        ("https://tinker.example", True),
+        ("https://tinker.example:8443", False),
+        ("http://tinker.example", False),
+        ("https://somebody.else", False),
+        ("https://127.0.0.1@somebody.else", False),
+    ],
+)
+def test_only_the_own_server_sees_the_operators_token(tmp_path, monkeypatch, url, trusted):
+    monkeypatch.setenv("TINKERCLOUD_DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("TINKERCLOUD_PUBLIC_URL", "https://tinker.example/")
+    monkeypatch.delenv("TINKER_API_KEY", raising=False)
+    tokens.secret(tmp_path)
+    sent = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append(request.headers["x-api-key"])
+        return httpx.Response(401, json={"detail": "no"})
+
+    monkeypatch.setattr(admin, "_client", lambda *given: httpx.Client(transport=httpx.MockTransport(answer)))
+    with pytest.raises(CommandError, match="the server refused"):
+        admin.list_models(url)
+    assert [key for key in sent if not key.startswith("eyJ")] == ["tml-local"]
+    assert (len(sent) == 2) is trusted

@@ -71,15 +71,15 @@ async def _serve(
     listener = _bind(settings)
     _check_certificate(settings)
     try:
+        tokens.secret(settings.data_dir)  # from the start, since commands on this machine sign with it
         service = await Service.start(settings, on_progress)
-    except (DatabaseInUse, DataDirInUse, UnusableDatabase, WrongVersion, NoKeys) as error:
+    except (DatabaseInUse, DataDirInUse, UnusableDatabase, WrongVersion, NoKeys, tokens.UnusableSecret) as error:
         raise StartError(str(error)) from None
     except OSError as error:
         where = error.filename or settings.data_dir
         raise StartError(
             f"the data folder cannot be used: {where}: {error.strerror}; give another --data-dir"
         ) from None
-    tokens.secret(settings.data_dir)  # from the start, since commands on this machine sign with it
     config = uvicorn.Config(
         create_app(service, settings),
         log_config=None,

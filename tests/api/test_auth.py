@@ -53,3 +53,10 @@ def test_the_secret_is_made_once_for_a_data_directory_and_is_private(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["token.secret"]
     claims = tokens.read(tokens.issue_operators(tmp_path), tmp_path)
     assert claims["operator"] and claims["exp"] - claims["iat"] == tokens.OPERATOR_SECONDS
+
+
+def test_a_secret_that_was_cut_short_signs_nothing(tmp_path):
+    (tmp_path / "token.secret").touch()
+    for sign in (lambda: tokens.issue("local", None, tmp_path), lambda: tokens.issue_operators(tmp_path)):
+        with pytest.raises(tokens.UnusableSecret, match=r"token\.secret has 0 bytes.*remove it"):
+            sign()

@@ -11,6 +11,7 @@ from typing import Any
 
 import jwt
 
+from tinkercloud.ledger.files import make_private, sync
 from tinkercloud.ledger.records import KeyRecord
 
 TOKEN_SECONDS = 3600
@@ -22,10 +23,15 @@ OPERATOR_SECONDS = 60
 ORGANIZATION = "tinkercloud"
 ALGORITHM = "HS256"
 SECRET_FILE = "token.secret"
+SECRET_BYTES = 32
 
 
 class TokenRefused(Exception):
     """A token is not this server's, or its time is over; the text says which."""
+
+
+class UnusableSecret(Exception):
+    """The data directory's secret is none, as a copy that was cut short. The text says what would be right."""
 
 
 def email_of(owner: str) -> str:
@@ -76,17 +82,25 @@ def _sign(claims: dict[str, Any], data_dir: Path) -> str:
 
 @lru_cache(maxsize=16)
 def secret(data_dir: Path) -> bytes:
-    """The data directory's, made when it is first asked for. Nobody but its owner can read the file."""
+    """The data directory's, made when it is first asked for. Nobody but its owner can read the file. UnusableSecret."""
     path = data_dir / SECRET_FILE
     if not path.exists():
-        data_dir.mkdir(parents=True, exist_ok=True)
+        make_private(data_dir)
         draft = data_dir / f"{SECRET_FILE}.{secrets.token_hex(8)}"
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(32))
+            file.write(secrets.token_bytes(SECRET_BYTES))
+        sync(draft)
         try:
             os.link(draft, path)  # whoever is first wins, and nobody reads half a secret
         except FileExistsError:
             pass
         finally:
             draft.unlink()
-    return path.read_bytes()
+        sync(data_dir)
+    found = path.read_bytes()
+    if len(found) != SECRET_BYTES:
+        raise UnusableSecret(
+            f"{path} has {len(found)} bytes and is no secret of {SECRET_BYTES}: remove it, and the server makes a new "
+            "one (tokens and links that were given before end)"
+        )
+    return found

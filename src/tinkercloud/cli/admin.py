@@ -185,7 +185,12 @@ def _ask(url: str | None, method: str, path: str, answered: str, body: dict[str,
             raise ConfigError(f"{error} (or name the server with --url)") from None
     else:
         url = url or server_url(settings.host, settings.port, tls=settings.tls_cert is not None)
-        own_token, trusted = tokens.issue_operators(settings.data_dir), settings.tls_cert
+        if _is_own(url, settings):
+            try:
+                own_token = tokens.issue_operators(settings.data_dir)
+            except tokens.UnusableSecret as error:
+                raise CommandError(str(error)) from None
+        trusted = settings.tls_cert
     key = os.environ.get("TINKER_API_KEY")
     if key and not (key.isascii() and key.isprintable()):
         raise CommandError("TINKER_API_KEY has characters that no key has; a key is letters, digits, - and _")
@@ -217,6 +222,26 @@ def _ask(url: str | None, method: str, path: str, answered: str, body: dict[str,
             f"{url} is no tinkercloud server (it answers {answer.status_code}); name the server with --url"
         )
     return content
+
+
+def _is_own(url: str, settings: Settings) -> bool:
+    """Whether a URL is of this machine or of the server that the settings describe. No other may see a token that lets
+    its bearer administer that one."""
+    import httpx
+
+    try:
+        host = httpx.URL(url).host
+        described = (server_url(settings.host, settings.port, tls=settings.tls_cert is not None), settings.public_url)
+        return is_loopback(host) or _origin(url) in [_origin(own) for own in described if own]
+    except httpx.InvalidURL:
+        return False
+
+
+def _origin(url: str) -> tuple[str, str, int | None]:
+    import httpx
+
+    parsed = httpx.URL(url)
+    return parsed.scheme, parsed.host, parsed.port
 
 
 def _client(url: str, certificate: Path | None) -> httpx.Client:

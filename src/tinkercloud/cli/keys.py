@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import os
+import re
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -26,6 +28,9 @@ keys = typer.Typer(help="Make, list or revoke API keys.", no_args_is_help=True)
 
 SECONDS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 """Units of `--expires`."""
+
+USER = re.compile(r"[\w.+@-]+")
+"""What a user may be called: it becomes a part of the names of folders."""
 
 
 @keys.command("create")
@@ -53,8 +58,11 @@ def create_key(
     from tinkercloud.ledger import keys as stored
     from tinkercloud.ledger.records import KeyRecord
 
-    if not user.strip() or not user.isprintable():
-        raise CommandError(f"{user!r} is no name for a user; write one such as alice or alice@example.org")
+    if not USER.fullmatch(user) or ".." in user:
+        raise CommandError(
+            f"{user!r} is no name for a user, which has letters, digits and _ . + @ -; write one such as alice or "
+            "alice@example.org"
+        )
     secret, now = stored.new_secret(), time.time()
     record = KeyRecord(
         key_id=0,
@@ -125,17 +133,20 @@ def revoke_key(
 @contextlib.contextmanager
 def _database(data_dir: options.DataDir, config: options.Config) -> Iterator[Connection]:
     from tinkercloud.ledger import keys as stored
-    from tinkercloud.ledger.database import UnusableDatabase, WrongVersion
+    from tinkercloud.ledger.database import DatabaseInUse, UnusableDatabase, WrongVersion
     from tinkercloud.ledger.lock import DataDirInUse
 
     settings = options.settings_of(None, data_dir=data_dir, config=config)
+    mask = os.umask(0o077)  # the database that it may make is for the server's account only
     try:
         with stored.changing(settings.data_dir, settings.database_url) as connection:
             yield connection
-    except (UnusableDatabase, WrongVersion, DataDirInUse) as error:
+    except (UnusableDatabase, DatabaseInUse, WrongVersion, DataDirInUse) as error:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(f"the data folder cannot be used: {error}; give another --data-dir") from None
+    finally:
+        os.umask(mask)
 
 
 def _audit(connection: Connection, event: str, key: KeyRecord) -> None:

@@ -53,6 +53,7 @@ def serve(
         max_rank=max_rank,
         max_context=max_context,
     )
+    os.umask(0o077)  # what users train on is for the server's account only
     _log_to(settings)
     for name, meant in unknown_variables():
         log.warning("%s sets nothing%s", name, f"; did you mean {meant}?" if meant else "")
