@@ -8,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import jwt
 import pytest
+from tinker import types
+from tinker.proto.request_conv import forward_backward_request_to_proto
 
 from tests.api.tenants import NANO, Tenants, Things, json_batch, make_key
 from tinkercloud.api import tokens
@@ -67,6 +70,13 @@ CHECKPOINT = "/training_runs/{training_run_id}/checkpoints/{segment}/{name}"
 def checkpoint(things: Things) -> str:
     run, name = things.checkpoint.removeprefix("tinker://").split("/", 1)
     return f"/training_runs/{run}/checkpoints/{name}"
+
+
+def this_hour() -> str:
+    """The time of a question about usage."""
+    hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+    end = hour + timedelta(hours=2)  # should the next one begin meanwhile
+    return f"starting_on={hour:%Y-%m-%dT%H:%M:%SZ}&ending_before={end:%Y-%m-%dT%H:%M:%SZ}"
 
 
 ROWS: dict[str, Row] = {
@@ -166,9 +176,7 @@ ROWS: dict[str, Row] = {
     ),
     "GET /sessions/{session_id}/trace_export": Row(lambda things: f"/sessions/{things.session}/trace_export"),
     "POST /sessions/search": of_the_caller("/sessions/search", {"owner": {"type": "accessible"}}),
-    "GET /billing/usage/events": of_the_caller(
-        "/billing/usage/events?starting_on=2026-01-01T00:00:00Z&ending_before=2026-01-02T00:00:00Z"
-    ),
+    "GET /billing/usage/events": Row(lambda things: f"/billing/usage/events?{this_hour()}", other=200),
     "GET /billing/usage/checkpoints/current": of_the_caller("/billing/usage/checkpoints/current"),
     "GET /admin/models": only_operators("/admin/models"),
     "POST /admin/models": only_operators("/admin/models", {"name": "a/b"}),
@@ -337,6 +345,76 @@ def test_lists_show_what_is_the_owners(tenants):
             of_owner = await tenants.ask("owner", "GET", path)
             assert tenants.things.session in of_owner.text
             assert tenants.things.session not in (await tenants.ask("another owner", "GET", path)).text
+
+    tenants.run(story())
+
+
+def test_usage_is_shown_to_who_has_used(tenants):
+    async def story():
+        things = await tenants.begin()
+        trained = await tenants.post(
+            "/forward_backward", model_id=things.run, seq_id=2, forward_backward_input=json_batch()
+        )
+        await tenants.result(trained)
+        path = f"/billing/usage/events?{this_hour()}"
+        assert things.session in (await tenants.ask("owner", "GET", path)).text
+        assert things.session not in (await tenants.ask("another owner", "GET", path)).text
+
+    tenants.run(story())
+
+
+def test_a_link_ends_with_its_key_and_with_the_publication(tenants):
+    async def story():
+        things = await tenants.begin()
+        await tenants.ask("owner", "POST", f"{checkpoint(things)}/publish")
+        tenants.secrets["a key of a while"], of_a_while = make_key(tenants.data_dir, "alice")
+        await tenants.service.keys.refresh()
+
+        async def link_of(who: str) -> str:
+            answer = await tenants.ask(who, "GET", f"{checkpoint(things)}/archive")
+            assert answer.status_code == 302, answer.text
+            return answer.headers["location"]
+
+        async def status(link: str) -> int:
+            return (await tenants.http.get(link)).status_code
+
+        trace = await tenants.ask("a key of a while", "GET", f"/sessions/{things.session}/trace_export")
+        owners, readers, of_key = [await link_of(who) for who in ("owner", "another owner", "a key of a while")]
+        links = owners, readers, of_key, trace.json()["url"]
+        assert [await status(link) for link in links] == [200, 200, 200, 200]
+        await tenants.ask("owner", "DELETE", f"{checkpoint(things)}/publish")
+        assert [await status(link) for link in links] == [200, 404, 200, 200]
+        await tenants.service.keys.revoke(of_a_while)
+        assert [await status(link) for link in links] == [200, 404, 404, 404]
+
+    tenants.run(story())
+
+
+def test_nul_is_refused_wherever_it_stands(tenants):
+    """PostgreSQL stores none; only SQLite does."""
+
+    async def story():
+        things = await tenants.begin()
+        for method, path, body in (
+            ("GET", "/sessions/%00", None),
+            ("GET", "/training_runs?project_id=%00", None),
+            ("POST", "/get_info", {"model_id": "\0"}),
+            ("POST", "/create_session", {"sdk_version": "x", "user_metadata": {"a": ["b\0"]}}),
+            ("POST", "/create_session", {"sdk_version": "x", "user_metadata": {"\0": "b"}}),
+            ("POST", "/save_weights", {"model_id": things.run, "seq_id": 2, "path": "\0"}),
+        ):
+            answer = await tenants.ask("owner", method, path, body)
+            assert answer.status_code == 400 and "NUL" in answer.json()["detail"], answer.text
+        # The refusal has used up its place in the run, and what only looks like one is none.
+        await tenants.post("/save_weights", model_id=things.run, seq_id=3, path="x")
+        named = await tenants.post("/create_session", sdk_version="x", display_name="\\u0000")
+        assert named["session_id"]
+        message = forward_backward_request_to_proto(
+            types.ForwardBackwardRequest(types.ForwardBackwardInput([], "cross_entropy"), "\0", 1)
+        )
+        headers = {"content-type": "application/x-protobuf", "x-api-key": tenants.secrets["owner"]}
+        sent = await tenants.http.post("/forward_backward", content=message.SerializeToString(), headers=headers)
+        assert sent.status_code == 400 and "NUL" in sent.text
 
     tenants.run(story())
 

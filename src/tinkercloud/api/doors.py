@@ -31,7 +31,8 @@ FORMS: Final = ("text/plain", "application/x-www-form-urlencoded", "multipart/fo
 
 
 class HostCheck:
-    """Refuses requests under names that are not the server's, from pages that are not its own, and forms."""
+    """Refuses requests under names that are not the server's, from pages that are not its own, and forms; and URLs
+    with NUL, which PostgreSQL cannot look for."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
@@ -42,6 +43,8 @@ class HostCheck:
         if scope["type"] == "http":
             try:
                 self._check(scope["method"], Headers(scope=scope), _has_keys(scope))
+                if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+                    raise InvalidRequest("the URL has the character NUL (%00); there is nothing of such a name")
             except RequestError as error:
                 await refused(Request(scope), error)(scope, receive, send)
                 return

@@ -152,7 +152,7 @@ async def trace_export(session_id: str, request: Request, service: ServiceOf, ow
     """A link to the session's timeline as a Perfetto trace: what waited, what ran, in which cycles and steps. The trace
     is made when the link is followed, so that it is as new as can be."""
     await service.sessions.get(session_id, owner)
-    url, _ = link(request, f"{session_id}.pftrace", {"session": session_id, "owner": owner})
+    url, _ = link(request, f"{session_id}.pftrace", {"session": session_id})
     return {"status": "ready", "url": url, "error": None}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -146,13 +146,16 @@ async def _submit_batch(
 ) -> dict[str, Any]:
     if seq_id is not None and seq_id < 0:
         raise InvalidRequest(f"seq_id must not be negative, but it is {seq_id}")
+    _check_ids([model_id])
     model = await service.runs.live(model_id, owner)
     align = request.headers.get(QUICKSTART_HEADER) == "1"
     async with recorded(service, model, seq_id, kind):
         info = await service.models.last_info(model.base_model)
 
         batch = await off_loop(size, decode)
-        records = await service.stability.recall(model, sequences_named(batch))
+        sequences = sequences_named(batch)
+        _check_ids(sequences)
+        records = await service.stability.recall(model, sequences)
 
         def operation() -> ForwardBackward:
             return operation_from(batch, model_id, kind == "forward", info, align, model.session_id, records)
@@ -161,6 +164,12 @@ async def _submit_batch(
         await service.quotas.tokens(caller_of(request).key, decoded.num_tokens)
         entry = await service.runs.submit(model, seq_id, kind, decoded)
     return await accepted(service, owner, entry, kind)
+
+
+def _check_ids(ids: Iterable[str]) -> None:
+    """InvalidRequest for an id of a protobuf body that PostgreSQL cannot look for."""
+    if any("\0" in each for each in ids):
+        raise InvalidRequest("an id in the body has the character NUL; there is nothing of such a name")
 
 
 @router.post("/optim_step", openapi_extra=body_of(wire.OptimStep))

@@ -134,7 +134,7 @@ def _decompressed_prefix(body: bytes) -> bytes:
         return b""
 
 
-_JSON_MODEL = re.compile(rb'"model_id"\s*:\s*"([^"\\]{1,256})"')
+_JSON_MODEL = re.compile(rb'"model_id"\s*:\s*"([^"\\\x00]{1,256})"')
 _JSON_SEQ = re.compile(rb'"seq_id"\s*:\s*(\d{1,18})')
 _PROTO_ADDRESS = re.compile(rb"\A\x0a([\x01-\x7f])(.*)", re.DOTALL)
 
@@ -157,7 +157,7 @@ def _protobuf_address(head: bytes) -> tuple[str, int] | None:
         return None
     length = match[1][0]
     model_id, rest = match[2][:length], match[2][length:]
-    if len(model_id) < length:
+    if len(model_id) < length or b"\0" in model_id:
         return None
     seq_id, shift = 0, 0
     if rest[:1] == b"\x10":

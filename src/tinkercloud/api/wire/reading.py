@@ -31,12 +31,25 @@ def _parse(body: bytes) -> dict[str, Any]:
     try:
         value = from_json(body or b"{}", allow_inf_nan=False)
     except ValueError as error:
-        address = find_address(body[:4096], body[-4096:], protobuf=False)
-        said = _FORWARD_ONLY.search(body) is not None
-        raise Unreadable(f"the body is not JSON: {error}", address, forward_only=said) from None
+        raise _unreadable(body, f"the body is not JSON: {error}") from None
+    if b"\\u0000" in body and _has_nul(value):  # which PostgreSQL cannot store
+        raise _unreadable(body, "a text in the body has the character NUL (\\u0000); send it without")
     if not isinstance(value, dict):
         raise Unreadable(f"the body must be a JSON object, not {type(value).__name__}", None)
     return value
+
+
+def _unreadable(body: bytes, why: str) -> Unreadable:
+    address = find_address(body[:4096], body[-4096:], protobuf=False)
+    return Unreadable(why, address, forward_only=_FORWARD_ONLY.search(body) is not None)
+
+
+def _has_nul(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any("\0" in name or _has_nul(inner) for name, inner in value.items())
+    if isinstance(value, list):
+        return any(map(_has_nul, value))
+    return isinstance(value, str) and "\0" in value
 
 
 def as_request(kind: type[W], value: dict[str, Any]) -> W:
