@@ -8,6 +8,7 @@ from tests.api.tenants import json_batch, make_key
 from tests.api.test_tenancy import ROWS
 from tinkercloud.api.app import PREFIX, create_app
 from tinkercloud.api.audit import event_of
+from tinkercloud.ledger.writer import DiskFull
 
 UNRECORDED = {
     "POST /client/config",
@@ -160,3 +161,32 @@ def _api_routes():
     for included in create_app(None, None).routes:  # type: ignore[arg-type]
         if hasattr(included, "original_router") and included.include_context.prefix == PREFIX:
             yield from included.original_router.routes
+
+
+def test_what_cannot_be_recorded_is_not_said_to_have_happened(tenants, monkeypatch):
+    """And what was refused did not happen, also where a future says so."""
+
+    async def story():
+        things = await tenants.begin()
+
+        async def full(record):
+            raise DiskFull("the server's disk is full")
+
+        async def recorded(name: str) -> list[dict]:
+            entries = (await tenants.ask("an operator", "GET", "/audit")).json()["entries"]
+            details = [entry["event_details"] for entry in entries if entry["event"] == "checkpoint_create"]
+            return [each for each in details if each.get("path") == name]
+
+        save = {"model_id": things.run, "seq_id": 2, "path": "kept"}
+        with monkeypatch.context() as patched:
+            patched.setattr(tenants.service, "audit", full)
+            answer = await tenants.ask("owner", "POST", "/save_weights", save)
+            assert answer.status_code == 503 and "disk is full" in answer.json()["detail"]
+            assert "retry-after" in answer.headers
+        await tenants.result(await tenants.post("/save_weights", **save))
+        (event,) = await recorded("kept")
+        assert event["repeated"], "it had happened before"
+        ahead = await tenants.ask("owner", "POST", "/save_weights", save | {"seq_id": 9, "path": "not/a name"})
+        assert ahead.status_code == 200 and await recorded("not/a name") == []
+
+    tenants.run(story())

@@ -1,9 +1,14 @@
 """What a key's limits refuse, and when it goes on."""
 
+import asyncio
 import time
+
+from sqlalchemy import update
 
 from tests.api.tenants import NANO, Tenants, json_batch, make_key
 from tinkercloud.control.quotas import DAY_SECONDS
+from tinkercloud.ledger import keys
+from tinkercloud.ledger.schema import api_keys
 
 RANK = {"rank": 2, "seed": 1}
 
@@ -42,6 +47,18 @@ def test_bytes_of_checkpoints(tenants):
             assert answer.status_code == 403, answer.text
             for part in ("dave", "max_storage", "until some are deleted"):
                 assert part in answer.json()["detail"]
+        copy = {"source_path": things.checkpoint, "destination_project_id": "p"}
+        again = {"x-idempotency-key": "k"}
+        assert (await tenants.ask("dave", "POST", "/copy_weights", copy, **again)).status_code == 403
+        with keys.changing(tenants.data_dir, None) as connection:
+            connection.execute(update(api_keys).where(api_keys.c.owner == "dave").values(max_storage_bytes=10**12))
+        await tenants.service.keys.refresh()
+        copied = await tenants.ask("dave", "POST", "/copy_weights", copy, **again)
+        with keys.changing(tenants.data_dir, None) as connection:
+            connection.execute(update(api_keys).where(api_keys.c.owner == "dave").values(max_storage_bytes=1))
+        await tenants.service.keys.refresh()
+        repeated = await tenants.ask("dave", "POST", "/copy_weights", copy, **again)
+        assert copied.status_code == repeated.status_code == 200 and copied.json() == repeated.json()
         sampler = await tenants.ask("dave", "POST", "/save_weights_for_sampler", save | {"seq_id": 3})
         assert sampler.status_code == 403
         # The refusals have used up their seq_ids: training goes on behind them.
@@ -74,6 +91,26 @@ def test_tokens_a_day(tenants, monkeypatch):
                 assert part in answer.json()["detail"]
         monkeypatch.setattr(tenants.service.quotas, "_clock", lambda: time.time() + DAY_SECONDS)
         assert (await tenants.ask("erin", "POST", "/asample", sample)).status_code == 200
+        tenants.service.quotas._used["erin"].tokens = 7
+        assert (await tenants.ask("erin", "POST", "/asample", sample)).status_code == 200, "a repeat"
+        assert (await tenants.ask("erin", "POST", "/asample", sample | {"seq_id": 1})).status_code == 403
+
+    tenants.run(story())
+
+
+def test_many_samples_at_once_have_one_limit(tenants):
+    async def story():
+        session = await user(tenants, "grace", max_daily_tokens=7)
+        made = {"session_id": session, "sampling_session_seq_id": 0, "base_model": NANO}
+        sampler = await tenants.post("/create_sampling_session", "grace", **made)
+        sample = {
+            "sampling_session_id": sampler["sampling_session_id"],
+            "prompt": {"chunks": [{"type": "encoded_text", "tokens": [5, 6]}]},
+            "sampling_params": {"max_tokens": 1},
+        }
+        asked = (tenants.ask("grace", "POST", "/asample", sample | {"seq_id": seq_id}) for seq_id in range(8))
+        statuses = [answer.status_code for answer in await asyncio.gather(*asked)]
+        assert sorted(statuses) == [200] * 3 + [403] * 5
 
     tenants.run(story())
 

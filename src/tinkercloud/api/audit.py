@@ -11,7 +11,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinkercloud.api.auth import Caller, require_operator
 from tinkercloud.api.dependencies import ServiceOf
+from tinkercloud.api.errors import refused
 from tinkercloud.api.wire.answers import iso
+from tinkercloud.errors import RequestError
 from tinkercloud.ledger.records import AuditRecord, AuditResource
 
 router = APIRouter(tags=["administration"])
@@ -52,7 +54,8 @@ def note(request: Request, **about: Any) -> None:
 
 def leave_out(request: Request) -> None:
     """This time it is not worth recording."""
-    del request.state.event
+    if hasattr(request.state, "event"):
+        del request.state.event
 
 
 class Audit:
@@ -69,8 +72,13 @@ class Audit:
 
         async def record_first(message: Message) -> None:
             if message["type"] == "http.response.start" and "event" in state and message["status"] < 400:
-                await scope["app"].state.service.audit(_record(scope, state))
-            await send(message)
+                try:
+                    await scope["app"].state.service.audit(_record(scope, state))
+                except RequestError as error:  # a full disk: the caller is not told that it happened, and asks again
+                    state["unrecorded"] = True
+                    await refused(Request(scope), error)(scope, receive, send)
+            if "unrecorded" not in state:
+                await send(message)
 
         await self._app(scope, receive, record_first)
 

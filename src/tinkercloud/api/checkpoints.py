@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from email.utils import formatdate
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -61,11 +62,11 @@ async def copy_weights(request: Request, service: ServiceOf, owner: Owner) -> di
     check_name(None, given.ttl_seconds)
     token = given.weights_access_token or request.headers.get("x-tinker-weights-access-token")
     reader = owner_of_token(request, service, token)
-    await service.quotas.storage(caller_of(request).key)
+    allow = partial(service.quotas.storage, caller_of(request).key)
     if given.session_id is not None and given.model_seq_id is not None and given.destination_project_id is None:
         session = await service.sessions.active(given.session_id, owner)
         run = given.model_seq_id
-        copy = await service.copies.into_session(given.source_path, session, run, given.ttl_seconds, reader)
+        copy = await service.copies.into_session(given.source_path, session, run, given.ttl_seconds, allow, reader)
     elif given.destination_project_id is not None and given.session_id is None and given.model_seq_id is None:
         copy = await service.copies.into_project(
             given.source_path,
@@ -73,6 +74,7 @@ async def copy_weights(request: Request, service: ServiceOf, owner: Owner) -> di
             project_for(caller_of(request), given.destination_project_id),
             given.ttl_seconds,
             request.headers.get("x-idempotency-key"),
+            allow,
             reader,
         )
     else:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
+from tinkercloud.api.audit import leave_out
 from tinkercloud.api.wire.answers import Json
 from tinkercloud.api.wire.body import Unreadable
 from tinkercloud.api.wire.reading import read_json
@@ -32,6 +33,7 @@ class AnsweredByFuture(Exception):
 
     def __init__(self, entry: Entry) -> None:
         super().__init__(entry.request_id)
+        self.is_refusal = AHEAD in entry.details
         self.future = {"request_id": entry.request_id, "model_id": entry.stream}
 
 
@@ -41,6 +43,8 @@ def install(app: FastAPI) -> None:
 
 
 def _future(request: Request, error: AnsweredByFuture) -> Response:
+    if error.is_refusal:
+        leave_out(request)
     return Json(error.future)
 
 

@@ -15,6 +15,7 @@ from tinkercloud.api.wire.body import off_loop
 from tinkercloud.api.wire.reading import read
 from tinkercloud.control.stability import sequence_id
 from tinkercloud.errors import InvalidRequest
+from tinkercloud.ledger.entries import request_id
 
 router = APIRouter(tags=["sampling"])
 
@@ -65,8 +66,9 @@ async def asample(request: Request, service: ServiceOf, owner: Owner) -> dict[st
     raw = request.app.state.settings.raw_sample_logprobs
     ids = len(given.target_prompt_logprobs.data) if given.target_prompt_logprobs is not None else 0
     operation = await off_loop(8 * ids, sample_from, given, sampler.sampler_id, info, raw)
-    await service.quotas.tokens(caller_of(request).key, operation.num_tokens)
     seq_id = given.seq_id if given.sampling_session_id is not None else None
+    repeats = None if seq_id is None else request_id(sampler.sampler_id, seq_id)
+    await service.quotas.tokens(caller_of(request).key, operation.num_tokens, repeats)
     entry = await service.samplers.sample(sampler, seq_id, operation)
     sequence_ids = [sequence_id(entry.request_id, number) for number in range(operation.num_samples)]
     return {"request_id": entry.request_id, "sample_sequence_ids": sequence_ids}

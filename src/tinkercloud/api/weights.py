@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 
-from tinkercloud.api.audit import Event, leave_out
+from tinkercloud.api.audit import Event, leave_out, note
 from tinkercloud.api.auth import Owner, caller_of, owner_of_token
 from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.refusals import accepted, read_operation, recorded
@@ -15,7 +15,7 @@ from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.reading import as_request
 from tinkercloud.control.service import Service
 from tinkercloud.errors import InvalidRequest, NotFound
-from tinkercloud.ledger.records import CheckpointRecord
+from tinkercloud.ledger.records import CheckpointRecord, Entry
 
 router = APIRouter(tags=["weights"])
 
@@ -41,6 +41,7 @@ async def save_weights(request: Request, service: ServiceOf, owner: Owner) -> di
             overwrite=given.overwrite,
             user_metadata=given.user_metadata,
         )
+    _note_repeat(request, entry)
     return await accepted(service, owner, entry, "save_weights")
 
 
@@ -86,6 +87,7 @@ async def save_weights_for_sampler(request: Request, service: ServiceOf, owner: 
             )
         else:
             raise InvalidRequest("path makes a checkpoint and sampling_session_seq_id a sampling session; send one")
+    _note_repeat(request, entry)
     return await accepted(service, owner, entry, "save_weights_for_sampler")
 
 
@@ -109,6 +111,7 @@ async def save_weights_external(request: Request, service: ServiceOf, owner: Own
         entry = await service.runs.save_weights(
             model, given.seq_id, given.path, kind="external", ttl_seconds=given.ttl_seconds, recipients=recipients
         )
+    _note_repeat(request, entry)
     return await accepted(service, owner, entry, "save_weights_external")
 
 
@@ -134,6 +137,12 @@ async def load_weights(request: Request, service: ServiceOf, owner: Owner) -> di
     return await accepted(service, owner, entry, "load_weights")
 
 
+def _note_repeat(request: Request, entry: Entry) -> None:
+    """It is recorded too: the server may have ended before it had recorded the first one."""
+    if entry.repeated:
+        note(request, repeated=True)
+
+
 async def _create_from(request: Request, service: Service, given: wire.LoadWeights) -> dict[str, Any]:
     caller = caller_of(request)
     owner = caller.owner
@@ -148,6 +157,7 @@ async def _create_from(request: Request, service: Service, given: wire.LoadWeigh
         if first is None:
             raise
         return await accepted(service, owner, first, "load_weights")
+    await service.models.info(checkpoint.base_model)  # a lazy one is loaded before others of this user have to wait
     async with service.quotas.new_model(caller.key, service.runs.id_of(session, given.model_seq_id)):
         entry = await service.runs.create_from(
             session, given.model_seq_id, checkpoint, given.optimizer, given.user_metadata or {}, optimizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 
 from msgspec.structs import replace
 
@@ -20,6 +21,9 @@ COPIED_FROM = "copied_from"
 _KEYS = uuid.UUID("6f4f7b1e-5d0c-4f0a-9d5b-2f1f0a4f8c11")
 """The namespace of the sessions that idempotency keys stand for."""
 
+Allow = Callable[[], Awaitable[None]]
+"""Raises if nothing more may be stored; not asked about a copy that is there."""
+
 
 class Copies:
     """Makes copies. A copy is the checkpoint of a training run in which nothing can be trained."""
@@ -35,15 +39,17 @@ class Copies:
         project_id: str,
         ttl_seconds: int | None,
         key: str | None,
+        allow: Allow,
         reader: str | None = None,
     ) -> CheckpointRecord:
         """A copy in a session of its own, which belongs to the project. A repeat with the same idempotency key gives
-        the first one. `reader` as in `Checkpoints.get`. NotFound, InvalidRequest."""
-        session_id = uuid.uuid5(_KEYS, f"{owner} {key}") if key else uuid.uuid4()
+        the first one. `reader` as in `Checkpoints.get`. NotFound, InvalidRequest, and what `allow` raises."""
+        session_id = uuid.uuid5(_KEYS, f"{owner}\0{key}") if key else uuid.uuid4()
         session = await self._ledger.get(SessionRecord, str(session_id))
         if session is not None:
-            return await self.into_session(source, session, 0, ttl_seconds, reader)
+            return await self.into_session(source, session, 0, ttl_seconds, allow, reader)
         await self._checkpoints.get(source, owner, reader)
+        await allow()
         now = time.time()
         session = await self._ledger.insert(
             SessionRecord(
@@ -57,7 +63,7 @@ class Copies:
                 finish_reason="success",
             )
         )
-        return await self.into_session(source, session, 0, ttl_seconds, reader)
+        return await self.into_session(source, session, 0, ttl_seconds, allow, reader)
 
     async def into_session(
         self,
@@ -65,10 +71,11 @@ class Copies:
         session: SessionRecord,
         model_seq_id: int,
         ttl_seconds: int | None,
+        allow: Allow,
         reader: str | None = None,
     ) -> CheckpointRecord:
         """A copy as training run `model_seq_id` of a session. A repeat gives the first one. NotFound, InvalidRequest
-        if there is another run of that number."""
+        if there is another run of that number, and what `allow` raises."""
         model_id = TrainingRuns.id_of(session, model_seq_id)
         _, kind, name = parse_checkpoint_path(source)
         path = checkpoint_path(model_id, kind, name)
@@ -78,6 +85,7 @@ class Copies:
             _check_same(first, source)
         if there is not None:
             return there
+        await allow()
         now = time.time()
         async with self._checkpoints.held(source, session.owner, reader) as checkpoint:
             run = ModelRecord(

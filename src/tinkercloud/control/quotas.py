@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -39,7 +40,8 @@ class Quotas:
     def __init__(self, ledger: Ledger, clock: Callable[[], float] = time.time):
         self._ledger = ledger
         self._clock = clock
-        self._making = asyncio.Lock()
+        self._making: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._counting: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._used: dict[str, _Used] = {}
 
     @asynccontextmanager
@@ -48,7 +50,7 @@ class Quotas:
         if key is None or key.max_models is None:
             yield
             return
-        async with self._making:  # so that two at once are not both the last one
+        async with self._making[key.owner]:  # so that two at once are not both the last one
             alive = await self._ledger.live_models(key.owner)
             if alive >= key.max_models and await self._ledger.get(ModelRecord, model_id) is None:
                 raise Overloaded(
@@ -71,18 +73,22 @@ class Quotas:
                 f"{key.max_storage_bytes} (max_storage): nothing more can be saved until some are deleted{until}"
             )
 
-    async def tokens(self, key: KeyRecord | None, more: int) -> None:
-        """Before `more` tokens are computed. Forbidden."""
+    async def tokens(self, key: KeyRecord | None, more: int, repeats: str | None = None) -> None:
+        """Before `more` tokens are computed. Forbidden. If there is an operation `repeats` this is its repeat, which is
+        let in: it computes nothing."""
         if key is None or key.max_daily_tokens is None:
             return
-        used = await self._used_today(key.owner)
-        if used.tokens + more > key.max_daily_tokens:
-            raise Forbidden(
-                f"user {key.owner} has used {used.tokens} tokens today, this request has {more}, and key {key.hint}… "
-                f"allows {key.max_daily_tokens} a day (max_daily_tokens); they are counted anew from "
-                f"{_utc(used.day + DAY_SECONDS)}"
-            )
-        used.tokens += more
+        if repeats is not None and await self._ledger.entry(repeats) is not None:
+            return
+        async with self._counting[key.owner]:  # so that many at once are not all the last one
+            used = await self._used_today(key.owner)
+            if used.tokens + more > key.max_daily_tokens:
+                raise Forbidden(
+                    f"user {key.owner} has used {used.tokens} tokens today, this request has {more}, and key "
+                    f"{key.hint}… allows {key.max_daily_tokens} a day (max_daily_tokens); they are counted anew from "
+                    f"{_utc(used.day + DAY_SECONDS)}"
+                )
+            used.tokens += more
 
     async def _used_today(self, owner: str) -> _Used:
         """What has been computed, and what was accepted and has still to be."""
