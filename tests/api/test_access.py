@@ -1,6 +1,12 @@
 """What one user may look at of another's: what is published, and what is in the project that its key is for."""
 
+import time
+
+from sqlalchemy import update
+
 from tests.api.tenants import make_key
+from tinkercloud.ledger import keys
+from tinkercloud.ledger.schema import checkpoints
 
 SCOPE = "?access_scope=accessible"
 
@@ -72,5 +78,51 @@ def test_a_token_of_the_owner_lets_another_load_its_weights(tenants):
         token = (await tenants.post("/auth/token"))["jwt"]
         loaded = await tenants.post("/load_weights", "another owner", **load, weights_access_token=token)
         assert (await tenants.result(loaded, "another owner"))["path"] == things.checkpoint
+
+    tenants.run(story())
+
+
+def test_searches_see_what_lists_see_and_know_their_last_page(tenants):
+    async def story():
+        for name in ("kim", "leo"):
+            tenants.secrets[name], _ = make_key(tenants.data_dir, name, project_id="pluto")
+        await tenants.service.keys.refresh()
+        made = [await tenants.post("/create_session", who, sdk_version="x") for who in ("kim", "leo")]
+        mine, other = [session["session_id"] for session in made]
+
+        async def search(**query) -> dict:
+            return await tenants.post("/sessions/search", "kim", **query)
+
+        def ids(page: dict) -> list[str]:
+            return [session["session_id"] for session in page["sessions"]]
+
+        assert ids(await search()) == [mine]
+        accessible = {"owner": {"type": "accessible"}}
+        both = await search(limit=2, **accessible)
+        assert ids(both) == [other, mine] and both["next_cursor"] is None
+        first = await search(limit=1, **accessible)
+        second = await search(limit=1, cursor=first["next_cursor"], **accessible)
+        assert ids(first) + ids(second) == [other, mine] and second["next_cursor"] is None
+        await tenants.post(f"/sessions/{mine}/finish", "kim", reason={"type": "errored"}, detail="out of data")
+        (ended,) = (await search())["sessions"]
+        assert ended["status"] == {
+            "type": "client_finished",
+            "reason": {"type": "errored"},
+            "detail": "out of data",
+        }
+
+    tenants.run(story())
+
+
+def test_a_checkpoint_whose_time_is_over_is_in_no_list(tenants):
+    async def story():
+        things = await tenants.begin()
+        before = (await tenants.ask("owner", "GET", "/checkpoints")).json()
+        with keys.changing(tenants.data_dir, None) as connection:
+            is_it = checkpoints.c.path == things.checkpoint
+            connection.execute(update(checkpoints).where(is_it).values(expires_at=time.time() - 1))
+        after = (await tenants.ask("owner", "GET", "/checkpoints")).json()
+        assert things.checkpoint in str(before) and things.checkpoint not in str(after)
+        assert after["cursor"]["total_count"] == before["cursor"]["total_count"] - 1
 
     tenants.run(story())

@@ -15,7 +15,7 @@ from tinkercloud.api.wire.answers import iso, text_metadata
 from tinkercloud.api.wire.reading import read
 from tinkercloud.control.session_query import SessionQuery, status_of
 from tinkercloud.ledger.records import SessionRecord
-from tinkercloud.ledger.search import Holdings
+from tinkercloud.ledger.search import Access, Holdings
 
 router = APIRouter(tags=["sessions"])
 
@@ -54,7 +54,7 @@ async def session_heartbeat(request: Request, service: ServiceOf, owner: Owner) 
 async def finish_session(session_id: str, request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """End a session for good; the first reason stays."""
     given = await read(request, wire.FinishSession)
-    await service.sessions.finish(session_id, owner, given.reason.type)
+    await service.sessions.finish(session_id, owner, given.reason.type, given.detail)
     return {"type": "finish_session"}
 
 
@@ -76,9 +76,11 @@ async def search_sessions(request: Request, service: ServiceOf, owner: Owner) ->
     given = await read(request, wire.SearchSessions)
     if given.owner.type == "user" and owner not in (given.owner.owner_urns or ()):
         return {"sessions": [], "next_cursor": None}
-    found = await service.sessions.search(owner, _query(given))
+    access = access_of(caller_of(request)) if given.owner.type == "accessible" else Access(owner)
+    found = await service.sessions.search(access, _query(given))
     cursor = None
-    if len(found) == given.limit:
+    if len(found) > given.limit:
+        found = found[: given.limit]
         last, _ = found[-1]
         cursor = {"last_created_at": iso(last.created_at), "last_session_id": last.session_id}
     return {"sessions": [_summary(*item) for item in found], "next_cursor": cursor}
@@ -98,7 +100,7 @@ def _query(given: wire.SearchSessions) -> SessionQuery:
         project_ids=None if given.project_ids is None else tuple(given.project_ids),
         user_metadata=given.user_metadata,
         statuses=statuses,
-        limit=given.limit,
+        limit=given.limit + 1,  # whether there is another page
         behind=behind,
     )
 
@@ -123,7 +125,11 @@ def _status(session: SessionRecord) -> dict[str, Any] | None:
         case "active":
             return {"type": "active"}
         case "client_finished":
-            return {"type": "client_finished", "reason": {"type": session.finish_reason}, "detail": None}
+            return {
+                "type": "client_finished",
+                "reason": {"type": session.finish_reason},
+                "detail": session.finish_detail,
+            }
         case "cancelled":
             return {"type": "cancelled", "detail": session.finish_reason}
         case _:

@@ -72,8 +72,7 @@ class Checkpoints:
 
     async def list(self, owner: str, limit: int, offset: int) -> tuple[list[CheckpointRecord], int]:
         """(a page of the owner's checkpoints, newest first; how many there are)."""
-        found = await self._ledger.find(CheckpointRecord, owner=owner, limit=limit, offset=offset)
-        return found, await self._ledger.count(CheckpointRecord, owner=owner)
+        return await self._ledger.valid_checkpoints(owner, limit, offset)
 
     def folder(self, checkpoint: CheckpointRecord) -> Path:
         """Where its files are."""

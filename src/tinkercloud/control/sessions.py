@@ -30,6 +30,7 @@ class Sessions:
         self._keeper = keeper
         self._timeout = settings.session_timeout_seconds
         self._retention = settings.session_retention_seconds
+        self._tracing = asyncio.Lock()
 
     async def create(
         self,
@@ -86,9 +87,9 @@ class Sessions:
             await self.active(session.session_id, session.owner)
         self._ledger.heartbeat(session.session_id)
 
-    async def finish(self, session_id: str, owner: str, reason: str) -> None:
+    async def finish(self, session_id: str, owner: str, reason: str, detail: str | None = None) -> None:
         """The first reason wins; a repeat only does again what the first may have left undone."""
-        await self._end(await self.get(session_id, owner), reason)
+        await self._end(await self.get(session_id, owner), reason, detail)
 
     async def complete_ends(self) -> None:
         """At the start, before any model is served: end the runs of finished sessions, as a crash leaves them."""
@@ -107,7 +108,7 @@ class Sessions:
     async def accessible(self, session_id: str, access: Access) -> SessionRecord:
         """As `get`, also one of somebody else in the project that the caller's key is for."""
         session = await self._ledger.get(SessionRecord, session_id)
-        if session is not None and session.project_id is not None and session.project_id == access.project_id:
+        if session is not None and access.includes(session.owner, session.project_id):
             return session
         return await self.get(session_id, access.owner)
 
@@ -124,23 +125,25 @@ class Sessions:
         await self.get(session_id, owner)
         await self._ledger.change(SessionRecord, session_id, project_id=project_id)
 
-    async def search(self, owner: str, query: SessionQuery) -> list[tuple[SessionRecord, Holdings]]:
-        """A page of the owner's sessions that match, newest first, each with what is saved of it."""
+    async def search(self, access: Access, query: SessionQuery) -> list[tuple[SessionRecord, Holdings]]:
+        """A page of the sessions that somebody may look at and that match, newest first, each with what is saved of
+        it."""
         behind = query.behind
         last = behind and await self._ledger.get(SessionRecord, behind[1])
-        if last is not None and last.owner == owner:
+        if last is not None and access.includes(last.owner, last.project_id):
             behind = last.created_at, last.session_id  # the client's time has microseconds only
-        found = await self._ledger.find_sessions([owner], query.matches, query.limit, behind)
+        found = await self._ledger.find_sessions(access, query.matches, query.limit, behind)
         saved = await self._ledger.holdings([session.session_id for session in found])
         return [(session, saved.get(session.session_id, Holdings(0, 0))) for session in found]
 
     async def trace(self, session_id: str, owner: str) -> bytes:
         """The session's timeline as the file of a Perfetto trace. NotFound."""
         session = await self.get(session_id, owner)
-        moments = await self._ledger.timeline(session_id)
         from tinkercloud.control.trace import perfetto_trace  # a third of a second, for whoever asks for one
 
-        return await asyncio.to_thread(perfetto_trace, session, moments, time.time())
+        async with self._tracing:  # each takes seconds of a core, and memory
+            moments = await self._ledger.timeline(session_id)
+            return await asyncio.to_thread(perfetto_trace, session, moments, time.time())
 
     async def members(self, session_id: str) -> tuple[list[str], list[str]]:
         """(model ids, sampler ids) of a session."""
@@ -175,12 +178,13 @@ class Sessions:
             for sampler in await self._ledger.find(SamplerRecord, session_id=session.session_id):
                 await self._keeper.close(sampler)
 
-    async def _end(self, session: SessionRecord, reason: str) -> None:
+    async def _end(self, session: SessionRecord, reason: str, detail: str | None = None) -> None:
         """Finish a session: its runs end and its ephemeral samplers go; named checkpoints stay. Every step may be
         repeated: a crash in between leaves the rest to the next start, or to a repeat."""
         session_id = session.session_id
         if session.state != "finished":
-            await self._ledger.change(SessionRecord, session_id, state="finished", finish_reason=reason)
+            ended = {"finish_reason": reason, "finish_detail": detail}
+            await self._ledger.change(SessionRecord, session_id, state="finished", **ended)
         await self._models.end_runs(await self._ledger.find(ModelRecord, session_id=session_id, state="live"))
         for sampler in await self._ledger.find(SamplerRecord, session_id=session_id):
             await self._keeper.end(sampler)

@@ -53,7 +53,10 @@ def _copy_rows(source: URL, target: URL) -> None:
     try:
         with new_engine.connect() as connection:
             if inspect(connection).get_table_names():
-                raise NotEmpty(f"the database {target.render_as_string()} has tables already")
+                raise NotEmpty(
+                    f"the database {target.render_as_string()} has tables already: give an empty one; what an earlier "
+                    "restore has left that was cut short goes with DROP SCHEMA public CASCADE; CREATE SCHEMA public"
+                )
         options = {} if source.get_backend_name() == "sqlite" else {"isolation_level": "REPEATABLE READ"}
         with old_engine.connect().execution_options(**options) as old:
             if old.scalar(text("SELECT version_num FROM alembic_version")) != database.HEAD:

@@ -42,7 +42,7 @@ _KINDS: dict[type, _Kind] = {
         ("session_id",),
         ("session_id",),
         "created_at",
-        frozenset({"state", "finish_reason", "project_id", "last_heartbeat"}),
+        frozenset({"state", "finish_reason", "finish_detail", "project_id", "last_heartbeat"}),
     ),
     ModelRecord: _Kind(
         schema.models,

@@ -349,13 +349,18 @@ class Ledger:
 
     async def find_sessions(
         self,
-        owners: Sequence[str],
+        access: search.Access,
         wanted: Callable[[SessionRecord], bool],
         limit: int,
         behind: search.Place | None = None,
     ) -> list[SessionRecord]:
-        """Up to `limit` sessions of these owners that are wanted, newest first, behind a place in that order."""
-        return await self._read(search.find_sessions, owners, wanted, limit, behind)
+        """Up to `limit` sessions that somebody may look at and that are wanted, newest first, behind a place in that
+        order."""
+        return await self._read(search.find_sessions, access, wanted, limit, behind)
+
+    async def valid_checkpoints(self, owner: str, limit: int, offset: int) -> tuple[list[CheckpointRecord], int]:
+        """(a page of an owner's checkpoints whose time is not over, newest first; how many there are)."""
+        return await self._read(search.valid_checkpoints, owner, self._clock(), limit, offset)
 
     async def holdings(self, session_ids: Sequence[str]) -> dict[str, search.Holdings]:
         """What is saved of each of these sessions; those without a checkpoint are left out."""

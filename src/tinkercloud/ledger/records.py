@@ -26,6 +26,8 @@ class SessionRecord(Struct, frozen=True):
     project_id: str | None = None
     finish_reason: str | None = None
     """As the client gave it: success, errored or interrupted."""
+    finish_detail: str | None = None
+    """What the client said beside it."""
 
 
 class ModelRecord(Struct, frozen=True):

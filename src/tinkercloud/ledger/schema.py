@@ -46,6 +46,7 @@ sessions = Table(
     Column("display_name", String),
     Column("project_id", String),
     Column("finish_reason", String),
+    Column("finish_detail", String),
     Index(None, "owner", "created_at"),
 )
 
@@ -104,6 +105,7 @@ checkpoints = Table(
     Column("user_metadata", _JSON),
     Column("optimizer", String, nullable=False, server_default="adamw"),
     Index(None, "model_id"),
+    Index(None, "folder"),
     Index(None, "owner", "created_at"),
     Index(None, "expires_at"),
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection, and_, exists, func, or_, select
+from sqlalchemy import ColumnElement, Connection, and_, exists, func, or_, select
 
 from tinkercloud.ledger.catalog import record_of
-from tinkercloud.ledger.records import ModelRecord, SessionRecord
+from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SessionRecord
 from tinkercloud.ledger.schema import checkpoints, models, sessions
 
 BATCH = 500
@@ -16,6 +16,18 @@ BATCH = 500
 
 Place = tuple[float, str]
 """(created_at, session_id): where a page ends."""
+
+
+class Access(NamedTuple):
+    """What somebody may look at beside their own."""
+
+    owner: str
+    project_id: str | None = None
+    """Everybody's things in this project, if any."""
+
+    def includes(self, owner: str, project_id: str | None) -> bool:
+        """Whether that is a thing of this owner, in this project."""
+        return owner == self.owner or (project_id is not None and project_id == self.project_id)
 
 
 class Holdings(NamedTuple):
@@ -27,15 +39,15 @@ class Holdings(NamedTuple):
 
 def find_sessions(
     connection: Connection,
-    owners: Sequence[str],
+    access: Access,
     wanted: Callable[[SessionRecord], bool],
     limit: int,
     behind: Place | None,
 ) -> list[SessionRecord]:
-    """Up to `limit` sessions of these owners that are wanted, newest first, from the place behind `behind` on."""
+    """Up to `limit` sessions that somebody may look at and that are wanted, newest first, from behind `behind` on."""
     found: list[SessionRecord] = []
     while True:
-        where = sessions.c.owner.in_(owners)
+        where = _may_see(access)
         if behind is not None:
             time, session_id = behind
             same = and_(sessions.c.created_at == time, sessions.c.session_id < session_id)
@@ -63,23 +75,8 @@ def runs_of_project(
     connection: Connection, owner: str, project_id: str, limit: int, offset: int
 ) -> tuple[list[ModelRecord], int]:
     """(a page of the owner's training runs in a project, newest first; how many there are)."""
-    joined = models.join(sessions, models.c.session_id == sessions.c.session_id)
     where = and_(models.c.owner == owner, sessions.c.project_id == project_id)
-    query = select(models).select_from(joined).where(where)
-    rows = connection.execute(
-        query.order_by(models.c.created_at.desc(), models.c.model_id.desc()).limit(limit).offset(offset)
-    )
-    found = [record_of(ModelRecord, row._mapping) for row in rows]
-    total = connection.scalar(select(func.count()).select_from(joined).where(where)) or 0
-    return found, total
-
-
-class Access(NamedTuple):
-    """What somebody may look at beside their own."""
-
-    owner: str
-    project_id: str | None
-    """Everybody's things in this project, if any."""
+    return _page_of_runs(connection, where, limit, offset)
 
 
 def accessible_runs(
@@ -87,7 +84,6 @@ def accessible_runs(
 ) -> tuple[list[ModelRecord], int]:
     """(a page of training runs, newest first; how many there are): the owner's, those in the project, and those of
     which a checkpoint is published. `fields`: the project_id or model_id that they have."""
-    joined = models.join(sessions, models.c.session_id == sessions.c.session_id)
     published = exists().where(
         checkpoints.c.model_id == models.c.model_id,
         checkpoints.c.public,
@@ -98,6 +94,13 @@ def accessible_runs(
         where = or_(where, sessions.c.project_id == access.project_id)
     columns = {"project_id": sessions.c.project_id, "model_id": models.c.model_id}
     where = and_(where, *(columns[name] == value for name, value in fields.items()))
+    return _page_of_runs(connection, where, limit, offset)
+
+
+def _page_of_runs(
+    connection: Connection, where: ColumnElement[bool], limit: int, offset: int
+) -> tuple[list[ModelRecord], int]:
+    joined = models.join(sessions, models.c.session_id == sessions.c.session_id)
     query = select(models).select_from(joined).where(where)
     rows = connection.execute(
         query.order_by(models.c.created_at.desc(), models.c.model_id.desc()).limit(limit).offset(offset)
@@ -108,8 +111,24 @@ def accessible_runs(
 
 def accessible_sessions(connection: Connection, access: Access, limit: int, offset: int) -> list[SessionRecord]:
     """A page of sessions, newest first: the owner's, and those in the project."""
-    where = sessions.c.owner == access.owner
-    if access.project_id is not None:
-        where = or_(where, sessions.c.project_id == access.project_id)
-    query = select(sessions).where(where).order_by(sessions.c.created_at.desc(), sessions.c.session_id.desc())
+    query = (
+        select(sessions).where(_may_see(access)).order_by(sessions.c.created_at.desc(), sessions.c.session_id.desc())
+    )
     return [record_of(SessionRecord, row._mapping) for row in connection.execute(query.limit(limit).offset(offset))]
+
+
+def _may_see(access: Access) -> ColumnElement[bool]:
+    if access.project_id is None:
+        return sessions.c.owner == access.owner
+    return or_(sessions.c.owner == access.owner, sessions.c.project_id == access.project_id)
+
+
+def valid_checkpoints(
+    connection: Connection, owner: str, now: float, limit: int, offset: int
+) -> tuple[list[CheckpointRecord], int]:
+    """(a page of an owner's checkpoints whose time is not over, newest first; how many there are)."""
+    where = and_(checkpoints.c.owner == owner, or_(checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > now))
+    query = select(checkpoints).where(where).order_by(checkpoints.c.created_at.desc(), checkpoints.c.path.desc())
+    rows = connection.execute(query.limit(limit).offset(offset))
+    found = [record_of(CheckpointRecord, row._mapping) for row in rows]
+    return found, connection.scalar(select(func.count()).select_from(checkpoints).where(where)) or 0

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, or_, select
 
 from tinkercloud.ledger.schema import entries, models, samplers
 
-MAX_OPERATIONS = 100_000
+MAX_OPERATIONS = 20_000
 """The most operations of a session that are told of; of more, the newest."""
 
 
