@@ -23,7 +23,8 @@ def backup(
     database_url: DatabaseUrl = None,
     config: options.Config = None,
 ) -> None:
-    """Copy a server's data directory, also while it runs: all that was acknowledged when the copy ends.
+    """Copy a server's data directory, also while it runs: all that was acknowledged when it began to copy
+    the database.
 
     Where it is on the same file system, weights take no space as long as the original has them. `tinkercloud fsck
     BACKUP` verifies it, `tinkercloud restore BACKUP` brings it back.
