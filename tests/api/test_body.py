@@ -110,10 +110,19 @@ def test_an_address_is_looked_for_in_anything(head, tail, protobuf):
     assert address is None or (isinstance(address[0], str) and 0 <= address[1] < 2**70)
 
 
-@given(st.text(min_size=1, max_size=30), st.integers(1, 2**31 - 1))
+@given(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30), st.integers(1, 2**31 - 1)
+)
 def test_a_protobuf_address_is_found_in_every_prefix_that_holds_it(model_id, seq_id):
     message = pb.ForwardBackwardRequest(model_id=model_id, seq_id=seq_id)
     whole = message.SerializeToString()
     assert find_address(whole + b"\x1a\xff", b"", protobuf=True) == (model_id, seq_id)
     for end in range(len(whole)):
         assert find_address(whole[:end], b"", protobuf=True) is None
+
+
+def test_an_id_with_nul_is_no_address():
+    """No database could look for it."""
+    message = pb.ForwardBackwardRequest(model_id="a\0", seq_id=1).SerializeToString()
+    assert find_address(message, b"", protobuf=True) is None
+    assert find_address(b'{"model_id": "a\0", "seq_id": 1', b"", protobuf=False) is None

@@ -15,6 +15,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tinkercloud.api.auth import PREFIX
 from tinkercloud.api.errors import drain, refused
 from tinkercloud.api.wire.body import HOLD
 from tinkercloud.config import Settings, is_loopback
@@ -43,7 +44,7 @@ class HostCheck:
         if scope["type"] == "http":
             try:
                 self._check(scope["method"], Headers(scope=scope), _has_keys(scope))
-                if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+                if scope["path"].startswith(PREFIX) and ("\0" in scope["path"] or b"%00" in scope["query_string"]):
                     raise InvalidRequest("the URL has the character NUL (%00); there is nothing of such a name")
             except RequestError as error:
                 await refused(Request(scope), error)(scope, receive, send)
