@@ -131,21 +131,27 @@ def _filtered(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     top_p = torch.tensor([row.top_p for row in params], dtype=torch.float64, device=device)[:, None]
     # Of the weights in order only the values are used: the order of equal ones would depend on the other rows' top-k.
     if max(top_k) < vocab:
-        values = weights.topk(max(top_k), dim=-1).values
+        in_order = weights.topk(max(top_k) + 1, dim=-1).values
     else:
-        values = weights.sort(dim=-1, descending=True).values
-    within_k = torch.arange(values.shape[-1], device=device) < torch.tensor(top_k, device=device)[:, None]
-    values = values * within_k
+        in_order = weights.sort(dim=-1, descending=True).values
+    width = in_order.shape[-1]
+    values = in_order * (torch.arange(width, device=device) < torch.tensor(top_k, device=device)[:, None])
     cumulative = values.cumsum(-1, dtype=torch.float64)
     # A token is in the nucleus if those before it do not yet fill it; the most likely one always is.
     count = ((cumulative - values) < top_p * cumulative[:, -1:]).sum(-1, keepdim=True).clamp_(min=1)
-    least = values.gather(-1, count - 1)
+    least = in_order.gather(-1, count - 1)
     kept = weights >= least
-    if rows := (kept.sum(-1) > count[:, 0]).nonzero()[:, 0].tolist():
-        equal = weights[rows] == least[rows]
-        spare = count[rows] - (kept[rows] & ~equal).sum(-1, keepdim=True)
-        kept[rows] &= ~equal | (equal.cumsum(-1) <= spare)
+    is_equal = (in_order.gather(-1, count.clamp(max=width - 1)) == least) & (count < width)
+    if rows := is_equal[:, 0].nonzero()[:, 0].tolist():
+        kept[rows] = _largest(weights[rows], least[rows], count[rows])
     return weights.masked_fill(~kept, 0)
+
+
+def _largest(numbers: Tensor, least: Tensor, count: Tensor) -> Tensor:
+    """Bool [n, V]: which are the `count` [n, 1] largest of each row, `least` [n, 1] being the last of them; of those
+    that equal it, the first ones."""
+    above, equal = numbers > least, numbers == least
+    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= count - above.sum(-1, keepdim=True)))
 
 
 def _block_sums(weights: Tensor) -> Tensor:
@@ -182,13 +188,14 @@ def _below(share: Tensor, total: Tensor) -> Tensor:
 def top_logprobs(distribution: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k most likely ids of each row and their log-probabilities, most likely first, of equally likely ones the
     lowest: int32 and float32 [n, k]."""
-    values, ids = distribution.topk(k, dim=-1)
+    in_order, ids = distribution.topk(min(k + 1, distribution.shape[-1]), dim=-1)
+    values, ids, least = in_order[:, :k], ids[:, :k], in_order[:, k - 1 : k]
+    if rows := (in_order[:, k:] == least).any(-1).nonzero()[:, 0].tolist():
+        count = torch.full((len(rows), 1), k, device=distribution.device)
+        ids[rows] = _largest(distribution[rows], least[rows], count).nonzero()[:, 1].view(-1, k)
     ids = ids.sort(dim=-1).values
     order = distribution.gather(-1, ids).sort(dim=-1, descending=True, stable=True).indices
-    ids = ids.gather(-1, order)
-    if rows := ((distribution >= values[:, -1:]).sum(-1) != k).nonzero()[:, 0].tolist():  # equal ones are left out
-        ids[rows] = distribution[rows].sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return ids.to(torch.int32).cpu().numpy(), values.cpu().numpy()
+    return ids.gather(-1, order).to(torch.int32).cpu().numpy(), values.cpu().numpy()
 
 
 def without_distribution(positions: int, k: int) -> TopLogprobs:
