@@ -11,6 +11,7 @@ from tests.control.conftest import BATCH, NANO, Client
 from tinkercloud.api.app import create_app
 from tinkercloud.config import Settings
 from tinkercloud.control import conductor
+from tinkercloud.control.training_run import TrainingRun
 from tinkercloud.engine.types import ForwardBackward, LossOutput
 
 
@@ -70,3 +71,29 @@ def test_a_loop_that_ended_shows_in_the_health_and_in_the_log(serving, run, tmp_
         assert "training loop" not in caplog.text, "a stop ends it, too"
 
     run(story)
+
+
+def test_an_operation_waits_for_the_snapshot_of_one_idle_run_at_most(shared, monkeypatch):
+    async def story(service):
+        client, _ = [await Client.create(service) for _ in range(2)]
+        loop = service.models.get(NANO).conductor
+        run_cycle, events, sent = loop._run_cycle, [], asyncio.get_running_loop().create_future()
+
+        async def cycle(runs):
+            events.append("cycle")
+            await run_cycle(runs)
+
+        async def snapshot(run, engine):
+            events.append("snapshot")
+            if len(events) == 1:
+                batch = ForwardBackward(client.model.model_id, BATCH, "cross_entropy")
+                sent.set_result(await client.send("forward_backward", batch))
+
+        monkeypatch.setattr(loop, "_run_cycle", cycle)
+        monkeypatch.setattr(TrainingRun, "snapshot", snapshot)
+        monkeypatch.setattr(TrainingRun, "wants_snapshot", lambda run, settings, now: True)
+        loop._work.set()
+        assert isinstance(await client.result(await sent), LossOutput)
+        assert events[:2] == ["snapshot", "cycle"]
+
+    shared(story)
