@@ -127,6 +127,8 @@ def test_a_sample_that_waits_for_a_place_says_so(shared):
 
         places = service.models.get(NANO).engine.options.max_decode_batch
         running, waiting = await send(places + 1), await send(2)
+        while await service.futures.paused(running) is not None:  # its prompt is being read
+            await asyncio.sleep(0.01)
         while (why := await service.futures.paused(waiting)) is None:
             await asyncio.sleep(0.01)
         assert re.match(rf"\d+ sequences wait for {NANO}, which draws {places} at a time", why)
