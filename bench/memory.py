@@ -20,6 +20,12 @@ def tree(pid: int) -> list[int]:
     return [pid, *(child.pid for child in root.children(recursive=True))]
 
 
+def engine_of(pid: int) -> int:
+    """The engine of a server that has one base model, among the processes that its control process has started."""
+    (engine,) = [each for each in tree(pid) if "tinkercloud engine" in "".join(psutil.Process(each).cmdline())]
+    return engine
+
+
 def tree_bytes(pid: int) -> int:
     """Of a process and all that descend from it."""
     return sum(process_bytes(each) for each in tree(pid))

@@ -8,7 +8,7 @@ from pathlib import Path
 from bench.competitor import Competitor, thread_counts
 from bench.data import uniform
 from bench.measurement import Measurement
-from bench.memory import PeakMemory, tree
+from bench.memory import PeakMemory, engine_of
 from bench.model import MIDDLE, SMALL, Shape
 from bench.readings import Goal, Readings, interleaved
 from bench.stage import LEARNING_RATE, RANK, Stage, batch
@@ -24,8 +24,7 @@ def _ours(stage: Stage) -> float:
     from tinkercloud.cli.local_server import running_server
 
     with tempfile.TemporaryDirectory(dir=stage.folder) as folder, running_server(Path(folder), stage.served) as server:
-        _, engine = tree(server.pid)
-        peak = PeakMemory(engine)
+        peak = PeakMemory(engine_of(server.pid))
         client = tinker.ServiceClient(base_url=server.url, api_key="tml-bench")
         run = client.create_lora_training_client(base_model=stage.shape.name, rank=RANK, seed=0).result()
         for _ in range(STEPS):
