@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tinkercloud.base_models import ModelError
 from tinkercloud.config import ModelSettings, Settings, sentences
 from tinkercloud.control.arrivals import Arrivals
+from tinkercloud.control.base_weights import MadeOnBase, fits, other_weights
 from tinkercloud.control.conductor import Conductor, Unfinished
 from tinkercloud.control.engines import KeptEngine, OnProgress
 from tinkercloud.control.inflight import InflightWeights
@@ -107,6 +108,14 @@ class BaseModels:
             )
         return info
 
+    def other_weights(self, made: MadeOnBase) -> str | None:
+        """Why nothing can be computed with this now: the name of its base model stands for other weights. None if it
+        does not, or if that is not known yet."""
+        info = self._served[made.base_model].engine.info if made.base_model in self._served else None
+        if info is None or fits(made, info):
+            return None
+        return other_weights(made, info, self._memory.folder(made.base_fingerprint))
+
     # ------------------------------------------------------------ readiness
 
     def ready(self) -> bool:
@@ -128,6 +137,8 @@ class BaseModels:
             if failure and name in self._memory.added:
                 _warn_of_added(name, failure)
                 await self.withdraw(name)
+            else:
+                await self._warn_of_other_weights(name)
 
     def failures(self) -> list[str]:
         """A sentence for each base model that cannot be loaded."""
@@ -188,6 +199,7 @@ class BaseModels:
             if failure := engine.failure:
                 await self.withdraw(model.name)
                 raise InvalidRequest(f"{model.name} cannot be served: {failure}")
+            await self._warn_of_other_weights(model.name)
         await self._memory.add(model)
         return engine.state
 
@@ -228,6 +240,13 @@ class BaseModels:
     async def stop(self) -> None:
         """Finish the running cycles, put every training run on disk, end the engines."""
         await asyncio.gather(*(_end(served) for served in self))
+
+    async def _warn_of_other_weights(self, name: str) -> None:
+        """Say in the log how many runs a base model's new weights keep from going on."""
+        runs = await self._ledger.find(ModelRecord, base_model=name, state="live")
+        waiting = [why for run in runs if (why := self.other_weights(run)) is not None]
+        if waiting:
+            log.warning("%d training run(s) cannot go on. %s", len(waiting), waiting[0])
 
     async def _resume(self, served: Served) -> None:
         name = served.engine.name

@@ -23,7 +23,7 @@ from tinkercloud.control.folders import (
 from tinkercloud.control.storage import Storage
 from tinkercloud.engine.external_weights import AGE_SUFFIX
 from tinkercloud.engine.peft_layout import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_base_model
-from tinkercloud.engine.types import CloseSampler, Failure, LoraConfig, OpenSampler, OperationError
+from tinkercloud.engine.types import BaseModelInfo, CloseSampler, Failure, LoraConfig, OpenSampler, OperationError
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import CheckpointRecord
@@ -142,13 +142,13 @@ class Checkpoints:
             await asyncio.to_thread(shutil.rmtree, drafts, ignore_errors=True)
         target = checkpoint_folder(model_id, "training", name, 0)
         try:
-            return await self._ledger.insert(self._imported(model_id, name, owner, base_model, lora, target))
+            return await self._ledger.insert(self._imported(model_id, name, owner, info, lora, target))
         except Exception:  # not of a caller that was cancelled: its write may still happen
             await self._storage.free(target)
             raise
 
     def _imported(
-        self, model_id: str, name: str, owner: str, base_model: str, lora: LoraConfig, folder: str
+        self, model_id: str, name: str, owner: str, info: BaseModelInfo, lora: LoraConfig, folder: str
     ) -> CheckpointRecord:
         return CheckpointRecord(
             path=checkpoint_path(model_id, "training", name),
@@ -156,11 +156,12 @@ class Checkpoints:
             kind="training",
             name=name,
             owner=owner,
-            base_model=base_model,
+            base_model=info.name,
             lora=lora,
             folder=folder,
             size_bytes=sum(file.stat().st_size for file in (self._data_dir / folder).iterdir()),
             created_at=time.time(),
+            base_fingerprint=info.fingerprint,
         )
 
     async def _check_loads(self, base_model: str, folder: str) -> None:

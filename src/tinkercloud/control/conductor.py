@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tinkercloud.codec import decode, encode
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals, within
+from tinkercloud.control.base_weights import fits
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import KeptEngine
 from tinkercloud.control.folders import checkpoint_path
@@ -27,7 +28,7 @@ from tinkercloud.control.sampler_desk import SamplerDesk
 from tinkercloud.control.storage import Storage
 from tinkercloud.control.suspects import MAX_DEATHS, RETRY_SECONDS
 from tinkercloud.control.training_run import ReplayError, TrainingRun
-from tinkercloud.engine.types import ClearGradients, DropModel, Failure, LoadOutput, Result
+from tinkercloud.engine.types import BaseModelInfo, ClearGradients, DropModel, Failure, LoadOutput, Result
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.order import ModelLog
@@ -189,7 +190,8 @@ class Conductor:
     @property
     def busy(self) -> bool:
         """Whether an operation is runnable or running."""
-        return self._between_cycles.locked() or any(run.turn or len(run.order) for run in self._runs.values())
+        waiting = (run for run in self._runs.values() if run.turn or len(run.order))
+        return self._between_cycles.locked() or any(self._may_run(run, self._engine.info) for run in waiting)
 
     @property
     def unfinished(self) -> Unfinished:
@@ -261,7 +263,13 @@ class Conductor:
 
     def _runnable(self) -> set[str]:
         now = time.monotonic()
-        return {run.model_id for run in self._runs.values() if run.turn or run.order.peek(now)}
+        has_one = (run for run in self._runs.values() if run.turn or run.order.peek(now))
+        return {run.model_id for run in has_one if self._may_run(run, self._engine.info)}
+
+    @staticmethod
+    def _may_run(run: TrainingRun, info: BaseModelInfo | None) -> bool:
+        """Whether the engine's weights are those that the run was made on; to be unloaded, a run needs none."""
+        return fits(run.record, info) or (run.turn is not None and run.turn.entry.kind == "unload_model")
 
     async def _gather(self) -> None:
         """Let operations that are about to come take part in the next cycle."""
@@ -278,7 +286,7 @@ class Conductor:
         for run in self._runs.values():
             if run.turn is None:
                 run.turn = run.order.take(time.monotonic())
-            if run.turn is not None:
+            if run.turn is not None and self._may_run(run, self._engine.info):
                 entry = run.turn.entry
                 waiting.append(
                     Waiting(run.model_id, run.record.owner, entry.request_id, entry.num_tokens, entry.created_at)
@@ -293,7 +301,7 @@ class Conductor:
             await _all(*(self._end(run, Failure(str(error), "server")) for run in runs))
             return
         ready: list[tuple[TrainingRun, bytes]] = []
-        for run in runs:
+        for run in (run for run in runs if self._may_run(run, engine.info)):  # it may have been loaded just now
             prepared = await self._prepared(run, engine)
             if isinstance(prepared, Failure):
                 await self._end(run, prepared)

@@ -101,6 +101,7 @@ class Copies:
                 applied_seq=-1,
                 user_metadata={COPIED_FROM: source},
                 optimizer=checkpoint.optimizer,
+                base_fingerprint=checkpoint.base_fingerprint,
             )
             _check_same(await self._ledger.insert(run), source)
             return await self._ledger.insert(

@@ -42,6 +42,8 @@ class Futures:
         stream = await self._stream(entry)
         if stream is None:
             return None
+        if (why := self._models.other_weights(stream)) is not None:
+            return f"{why}. This request goes on then"
         if stream.base_model in self._models:
             return await self._waits_for_a_place(entry, stream.base_model) if entry.kind == "sample" else None
         return (

@@ -26,6 +26,8 @@ class _Remembered(Struct):
     """The settings of those that the next start serves again, by name."""
     known: dict[str, dict[str, Any]] = {}
     """The `BaseModelInfo` of those that clients have used, by name."""
+    folders: dict[str, str] = {}
+    """Where weights lay when clients used them last, by their fingerprint."""
 
 
 class ModelMemory:
@@ -67,12 +69,18 @@ class ModelMemory:
         """What was known of a base model when it was served last; None if nothing is."""
         return self._known.get(name)
 
+    def folder(self, fingerprint: str) -> str | None:
+        """Where weights lay when clients used them last; None if that is not known."""
+        return self._remembered.folders.get(fingerprint)
+
     async def learn(self, info: BaseModelInfo) -> None:
         """This is known of a base model that is served."""
         if self.info(info.name) == info:
             return
         self._known[info.name] = info
         self._remembered.known[info.name] = msgspec.to_builtins(info)
+        if info.fingerprint:
+            self._remembered.folders[info.fingerprint] = info.folder
         try:
             await self._write()
         except OSError:  # it is only needed when this model is not served any more

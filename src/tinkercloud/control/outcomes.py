@@ -87,6 +87,7 @@ def conclude(entry: Entry, model: ModelRecord, result: Result) -> tuple[Outcome,
                 expires_at=None if details.ttl_seconds is None else now + details.ttl_seconds,
                 user_metadata=details.user_metadata,
                 optimizer=model.optimizer,
+                base_fingerprint=model.base_fingerprint,
             )
             return _saved(checkpoint), [checkpoint]
         case "save_weights_for_sampler", SaveOutput(), SamplerDetails() as details:
@@ -100,6 +101,7 @@ def conclude(entry: Entry, model: ModelRecord, result: Result) -> tuple[Outcome,
                 created_at=now,
                 follows=model.model_id if details.inflight else None,
                 version=entry.seq_id,
+                base_fingerprint=model.base_fingerprint,
             )
             return SamplerSaved(sampling_session_id=details.sampler_id), [sampler]
         case "load_weights", LoadOutput(), LoadDetails() as details:

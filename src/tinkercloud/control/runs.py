@@ -12,11 +12,13 @@ from msgspec.structs import replace
 
 from tinkercloud.codec import encode
 from tinkercloud.control.base_models import BaseModels
+from tinkercloud.control.base_weights import MadeOnBase
 from tinkercloud.control.folders import CheckpointKind, checkpoint_folder, sampler_folder
 from tinkercloud.control.outcomes import LoadDetails, SamplerDetails, SaveDetails, details_of, remember
 from tinkercloud.control.sessions import Sessions
 from tinkercloud.control.storage import Storage
 from tinkercloud.engine.types import (
+    BaseModelInfo,
     CreateModel,
     DropModel,
     Failure,
@@ -72,7 +74,8 @@ class TrainingRuns:
     ) -> Entry:
         """seq_id 0 of a new log; entry.stream is the model's id. A repeat returns the first entry. InvalidRequest if
         the first one had other parameters."""
-        model = self._new_model(session, model_seq_id, base_model, lora, user_metadata, optimizer)
+        info = await self._models.info(base_model)
+        model = self._new_model(session, model_seq_id, info, lora, user_metadata, optimizer)
         model = await self._recorded(session, model)
         operation = CreateModel(model.model_id, model.lora, model.optimizer)
         return await self._begin(model, "create_model", operation, {})
@@ -89,7 +92,8 @@ class TrainingRuns:
         """Create-via-load: seq_id 0 of a new log loads a checkpoint.
 
         `with_optimizer` restores the checkpoint's optimizer; InvalidRequest if `optimizer` is another. Without it the
-        new run has `optimizer` (None: AdamW). InvalidRequest if the rank is above the base model's `max_rank`.
+        new run has `optimizer` (None: AdamW). InvalidRequest if the rank is above the base model's `max_rank`, or the
+        base model has other weights now.
         """
         if with_optimizer and optimizer not in (None, checkpoint.optimizer):
             raise InvalidRequest(
@@ -102,8 +106,9 @@ class TrainingRuns:
                 f"{checkpoint.path} has rank {checkpoint.lora.rank}, which exceeds max LoRA rank {info.max_rank} of "
                 f"new training runs for model {info.name}; whoever runs the server can set a larger max_rank"
             )
+        self._check_weights(checkpoint)
         optimizer = checkpoint.optimizer if with_optimizer else optimizer or "adamw"
-        model = self._new_model(session, model_seq_id, checkpoint.base_model, checkpoint.lora, user_metadata, optimizer)
+        model = self._new_model(session, model_seq_id, info, checkpoint.lora, user_metadata, optimizer)
         async with self._storage.pinned(model.model_id, checkpoint) as pin:
             model = await self._recorded(session, model)
             load = LoadWeights(model.model_id, pin, with_optimizer=with_optimizer, optimizer=optimizer)
@@ -237,6 +242,8 @@ class TrainingRuns:
         self, model: ModelRecord, seq_id: int | None, checkpoint: CheckpointRecord, with_optimizer: bool
     ) -> Entry:
         """Append the loading of a checkpoint. InvalidRequest if it is of another base model or shape."""
+        self._check_weights(model)
+        self._check_weights(checkpoint)
         if checkpoint.base_model != model.base_model:
             raise InvalidRequest(
                 f"{checkpoint.path} was trained on {checkpoint.base_model}, this training run on {model.base_model}; "
@@ -267,7 +274,7 @@ class TrainingRuns:
         self,
         session: SessionRecord,
         model_seq_id: int,
-        base_model: str,
+        info: BaseModelInfo,
         lora: LoraConfig,
         user_metadata: dict[str, Any],
         optimizer: OptimizerFamily,
@@ -278,7 +285,7 @@ class TrainingRuns:
             session_id=session.session_id,
             model_seq_id=model_seq_id,
             owner=session.owner,
-            base_model=base_model,
+            base_model=info.name,
             lora=lora,
             created_at=now,
             last_request_at=now,
@@ -286,6 +293,7 @@ class TrainingRuns:
             applied_seq=-1,
             user_metadata=user_metadata,
             optimizer=optimizer,
+            base_fingerprint=info.fingerprint,
         )
 
     async def _recorded(self, session: SessionRecord, model: ModelRecord) -> ModelRecord:
@@ -335,11 +343,17 @@ class TrainingRuns:
                 f"seq_id {seq_id} is too far ahead: the next one of {model.model_id} is {model.applied_seq + 1}, and "
                 f"at most {MAX_AHEAD} may wait behind it; count up by one for each operation"
             )
+        if kind != "unload_model":
+            self._check_weights(model)
         await self._sessions.heartbeat(model.session_id, model.owner)
         payload = operation if callable(operation) else encode(operation)
         entry = await self._ledger.append(model.model_id, seq_id, kind, payload, num_tokens=num_tokens, details=details)
         await self._accept(model, entry)
         return entry
+
+    def _check_weights(self, made: MadeOnBase) -> None:
+        if (why := self._models.other_weights(made)) is not None:
+            raise InvalidRequest(why)
 
     async def _accept(self, model: ModelRecord, entry: Entry) -> None:
         """Hand an entry over; one whose base model is not served now is taken up when that is served again. A repeat

@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tinkercloud.codec import encode
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals
+from tinkercloud.control.base_weights import fits
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import KeptEngine
 from tinkercloud.control.inflight import InflightWeights
@@ -216,20 +217,27 @@ class SamplerDesk:
                 if engine.died.is_set():  # and nobody has noticed: it has not died of this
                     await asyncio.sleep(0)
                     continue
+                has_its_weights = fits(sampler, engine.info)
                 try:
-                    opened = await self._open(engine, sampler)
-                    if request_id in self._cancelled:
-                        return Failure("the sample was cancelled", "user")
-                    return opened if isinstance(opened, Failure) else await engine.ask(payload)
+                    if has_its_weights:
+                        return await self._sample_in(engine, request_id, payload, sampler)
                 except EngineDied as error:
                     self._deaths[request_id] += 1
                     log.error("%s; sample %s runs again on the next one", error, request_id)
-            if together == 1:
+            if not has_its_weights:
+                await engine.died.wait()  # the next one may have been loaded from what its base model was before
+            elif together == 1:
                 return Failure(
                     f"the engine process ended {self._deaths[request_id]} times during this sample, at last while it "
                     "ran alone, and it was given up; the server's log has the details",
                     "server",
                 )
+
+    async def _sample_in(self, engine: EngineHandle, request_id: str, payload: bytes, sampler: SamplerRecord) -> Result:
+        opened = await self._open(engine, sampler)
+        if request_id in self._cancelled:
+            return Failure("the sample was cancelled", "user")
+        return opened if isinstance(opened, Failure) else await engine.ask(payload)
 
     def _may_run_with(self, request_id: str) -> int | None:
         """How many suspects may run together with this one, itself included; None if it is none."""

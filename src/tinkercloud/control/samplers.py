@@ -62,7 +62,9 @@ class Samplers:
             base_model = checkpoint.base_model
         if base_model is None:
             raise InvalidRequest("base_model or model_path is required: there is nothing to sample from")
-        await self._models.info(base_model)
+        info = await self._models.info(base_model)
+        if path is not None and (why := self._models.other_weights(checkpoint)) is not None:
+            raise InvalidRequest(why)
         await self._sessions.touch(session)
         record = SamplerRecord(
             sampler_id=f"{session.session_id}:sample:{seq_id}",
@@ -72,6 +74,7 @@ class Samplers:
             model_path=path,
             folder="",
             created_at=time.time(),
+            base_fingerprint=info.fingerprint,
         )
         async with self._keeper.changing:
             if path is None:
@@ -96,7 +99,9 @@ class Samplers:
         if session.state == "finished":  # finishing it ends what it had, not the owner's right to sample
             session = await self._ledger.change(SessionRecord, session.session_id, state="active") or session
         folder = (await self._checkpoints.get(path, owner)).folder if path else ""  # another one after an overwrite
-        weights = hashlib.sha256(f"{base_model} {path} {folder}".encode()).digest()
+        info = None if base_model is None else await self._models.info(base_model)
+        base = f"{base_model} {info.fingerprint}" if info else base_model
+        weights = hashlib.sha256(f"{base} {path} {folder}".encode()).digest()
         return await self.create(session, int.from_bytes(weights[:8]), base_model, path)
 
     async def get(self, sampler_id: str, owner: str) -> SamplerRecord:
@@ -122,7 +127,9 @@ class Samplers:
 
     async def sample(self, sampler: SamplerRecord, seq_id: int | None, operation: Sample) -> Entry:
         """Accept a sample; `seq_id` None takes the next free one. Overloaded if too many sequences wait, NotFound if
-        the sampler's weights are gone, Ended."""
+        the sampler's weights are gone, InvalidRequest if its base model has others now, Ended."""
+        if (why := self._models.other_weights(sampler)) is not None:
+            raise InvalidRequest(why)
         self._make_sure_of_room(sampler, operation.num_samples)
         arriving = self._arriving[sampler.base_model]
         arriving[sampler.session_id] += operation.num_samples

@@ -106,6 +106,9 @@ class TrainingRun:
             raise
         self.unsaved_operations, self._unsaved_since = len(behind), time.monotonic()
         self._resident_in = engine
+        if not self.record.base_fingerprint and engine.info.fingerprint:  # it was made before these were recorded
+            known = engine.info.fingerprint
+            self.record = await self._ledger.change(ModelRecord, self.model_id, base_fingerprint=known) or self.record
 
     def loaded_into(self, engine: EngineHandle) -> None:
         """A load_weights has ended well in `engine`: the whole state is there, whether or not it was before."""

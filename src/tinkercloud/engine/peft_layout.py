@@ -25,6 +25,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 GRADIENTS_FILE = "gradients.safetensors"
 
+FINGERPRINT = "base_fingerprint"
+"""The key of `fingerprint.fingerprint_of` the base model in the weights' metadata."""
+
 PARTS = {
     "attn": (
         *("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -117,10 +120,15 @@ def adapter_config(lora: LoraConfig, base_model: str, adapted: list[str], others
     return config
 
 
-def weights_metadata(lora: LoraConfig, base_model: str, *, alternating: bool = False) -> dict[str, str]:
-    """What our own adapter_model.safetensors says besides its tensors. `alternating`: the rows of experts' gate_up_proj
-    are gate, up, gate, up and so on, not all gates and then all ups."""
+def weights_metadata(
+    lora: LoraConfig, base_model: str, *, fingerprint: str = "", alternating: bool = False
+) -> dict[str, str]:
+    """What our own adapter_model.safetensors says besides its tensors. `fingerprint`: of the base model's weights.
+    `alternating`: the rows of experts' gate_up_proj are gate, up, gate, up and so on, not all gates and then all
+    ups."""
     metadata = {"format": "pt", "base_model": base_model, "seed": str(lora.seed)}
+    if fingerprint:
+        metadata[FINGERPRINT] = fingerprint
     return metadata | ({"gate_up_rows": "alternating"} if alternating else {})
 
 

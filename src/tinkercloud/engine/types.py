@@ -447,6 +447,8 @@ class BaseModelInfo(Struct, frozen=True):
     """None as long as it has not been measured."""
     build: str = ""
     """What decides the bits of the engine's numbers: its sources, libraries, processor. To be compared, and read."""
+    fingerprint: str = ""
+    """Of its weights (`engine/fingerprint.py`): what a name stands for."""
 
     @property
     def reproducible(self) -> bool:

@@ -49,7 +49,7 @@ _KINDS: dict[type, _Kind] = {
         ("model_id",),
         ("session_id", "model_seq_id"),
         "created_at",
-        frozenset({"state", "last_request_at"}),
+        frozenset({"state", "last_request_at", "base_fingerprint"}),
     ),
     SamplerRecord: _Kind(
         schema.samplers, ("sampler_id",), ("sampler_id",), "created_at", frozenset({"folder", "version"})

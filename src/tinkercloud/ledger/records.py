@@ -46,6 +46,8 @@ class ModelRecord(Struct, frozen=True):
     """The newest seq_id whose operation has ended; -1 before the first."""
     user_metadata: dict[str, Any] = {}
     optimizer: OptimizerFamily = "adamw"
+    base_fingerprint: str = ""
+    """Of the weights that `base_model` stood for (`BaseModelInfo.fingerprint`); "" is not known."""
 
 
 class SamplerRecord(Struct, frozen=True):
@@ -66,6 +68,8 @@ class SamplerRecord(Struct, frozen=True):
     """The training run whose inflight samplers all sample from the newest weights that were saved for one of them."""
     version: int = 0
     """seq_id of the save that an inflight sampler was made by: the newest has the highest."""
+    base_fingerprint: str = ""
+    """As of a `ModelRecord`."""
 
 
 class CheckpointRecord(Struct, frozen=True):
@@ -86,6 +90,8 @@ class CheckpointRecord(Struct, frozen=True):
     user_metadata: dict[str, str] | None = None
     optimizer: OptimizerFamily = "adamw"
     """Of the run that it was saved from."""
+    base_fingerprint: str = ""
+    """As of a `ModelRecord`."""
 
 
 class SnapshotRecord(Struct, frozen=True):

@@ -65,6 +65,7 @@ models = Table(
     Column("applied_seq", BigInteger, nullable=False),
     Column("user_metadata", _JSON, nullable=False),
     Column("optimizer", String, nullable=False, server_default="adamw"),
+    Column("base_fingerprint", String, nullable=False, server_default=""),
     Index(None, "session_id", "model_seq_id", unique=True),
     Index(None, "owner", "created_at"),
 )
@@ -82,6 +83,7 @@ samplers = Table(
     Column("clients", Integer, nullable=False),
     Column("follows", String),
     Column("version", BigInteger, nullable=False, server_default="0"),
+    Column("base_fingerprint", String, nullable=False, server_default=""),
     Index(None, "session_id"),
     Index(None, "folder"),
     Index(None, "follows"),
@@ -104,6 +106,7 @@ checkpoints = Table(
     Column("public", Boolean, nullable=False),
     Column("user_metadata", _JSON),
     Column("optimizer", String, nullable=False, server_default="adamw"),
+    Column("base_fingerprint", String, nullable=False, server_default=""),
     Index(None, "model_id"),
     Index(None, "folder"),
     Index(None, "owner", "created_at"),

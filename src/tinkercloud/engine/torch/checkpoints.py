@@ -20,6 +20,7 @@ from tinkercloud.engine.checksums import write_checksums
 from tinkercloud.engine.external_weights import write_external
 from tinkercloud.engine.peft_layout import (
     CONFIG_FILE,
+    FINGERPRINT,
     GRADIENTS_FILE,
     OPTIMIZER_FILE,
     WEIGHTS_FILE,
@@ -100,7 +101,9 @@ def _write_files(adapter: Adapter, model: BaseModel, folder: Path, with_optimize
     others = [linear.name for linear, name in zip(model.linears, layout.names, strict=True) if name is None]
     config = adapter_config(adapter.config, model.info.name, adapted, others + model.others)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    metadata = weights_metadata(adapter.config, model.info.name, alternating=model.gates_alternate)
+    metadata = weights_metadata(
+        adapter.config, model.info.name, fingerprint=model.info.fingerprint, alternating=model.gates_alternate
+    )
     save_file(_tensors(layout, adapter.parameters), folder / WEIGHTS_FILE, metadata)
     if with_optimizer:
         moments: dict[str, Tensor] = {}
@@ -165,6 +168,12 @@ def read_adapter(folder: Path, model: BaseModel) -> SavedAdapter:
     base_model = metadata.get("base_model")
     if base_model is not None and base_model != model.info.name:
         raise OperationError(f"the checkpoint belongs to base model {base_model}, not to {model.info.name}")
+    made_on, served = metadata.get(FINGERPRINT, ""), model.info.fingerprint
+    if made_on and served and made_on != served:
+        raise OperationError(
+            f"the checkpoint was made on {base_model} with weights {made_on:.12}, and this {base_model} has weights "
+            f"{served:.12}, which are others; it can be read where the former are served"
+        )
     # Exports name the unembedding after what it does; in the model it has the architecture's own name.
     names = {
         (model.unembedding.name if module.endswith("unembed_tokens") else module): keys

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from tinkercloud.base_models import hub_refusal
+from tinkercloud.engine.fingerprint import fingerprint_of
 from tinkercloud.engine.peft_layout import EXPERT_PARAMETERS, PARTS
 from tinkercloud.engine.torch.activations import Recomputation, activation_memory
 from tinkercloud.engine.torch.attention import IMPLEMENTATION, Attention, CurrentAttention, PackedAttention
@@ -376,6 +377,7 @@ def _info_of(
         dtype=str(dtype).removeprefix("torch."),
         quantization=options.quantization,
         build=build_of(device, dtype, options.logits_bytes, options.quantization),
+        fingerprint=fingerprint_of(folder),
     )
 
 

@@ -1,0 +1,138 @@
+"""A base model's name may stand for other weights one day: what was made on the former ones waits for them."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.control.conftest import BATCH, NANO, OWNER, Client
+from tinkercloud.engine.fingerprint import fingerprint_of
+from tinkercloud.engine.types import (
+    AdamParams,
+    ForwardBackward,
+    LossOutput,
+    OptimStep,
+    Sample,
+    SampleOutput,
+    SamplingParams,
+)
+from tinkercloud.errors import InvalidRequest
+from tinkercloud.ledger.records import ModelRecord
+from tinkercloud.nano import FOLDER
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """A model of the embedded one's form with other weights."""
+    folder = tmp_path_factory.mktemp("models") / "fine-tuned"
+    shutil.copytree(FOLDER, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def draw(sampler) -> Sample:
+    return Sample("", sampler.sampler_id, BATCH[0].tokens, SamplingParams(max_tokens=4, seed=1))
+
+
+def test_a_run_waits_for_its_weights_and_goes_on_with_them(serving, run, undisturbed, other):
+    async def story():
+        async with serving() as service:
+            client = await Client.create(service)
+            losses = await client.steps(2)
+            saved = await client.save("kept")
+            sampler = await service.samplers.create(client.session, 7, NANO, None)
+            expected = await client.result(await service.samplers.sample(sampler, 0, draw(sampler)))
+            await service.models.withdraw(NANO)
+            kept = await client.send("forward_backward", ForwardBackward(client.model.model_id, BATCH, "cross_entropy"))
+            drawn = await service.samplers.sample(sampler, 1, draw(sampler))
+        async with serving(models=[f"{NANO}={other}"]) as service:
+            client.service = service
+            await service.models.settled()
+            for refused in (
+                client.send("optim_step", OptimStep(client.model.model_id, AdamParams())),
+                client.load(saved),
+                client.created_from(saved),
+                service.samplers.create(client.session, 8, None, saved.path),
+                service.samplers.sample(sampler, 2, draw(sampler)),
+            ):
+                with pytest.raises(InvalidRequest) as raised:
+                    await refused
+                assert str(FOLDER) in str(raised.value) and str(other) in str(raised.value), "before, and now"
+                assert "serve the former weights" in str(raised.value), "and what to do"
+            client.seq_id = kept.seq_id
+            fresh = await Client.create(service)
+            assert await fresh.steps(1) != undisturbed[:1], "who begins now has the weights that are served now"
+            for entry in (kept, drawn):
+                _, outcome = await service.futures.outcome(entry.request_id, OWNER, timeout=0.2)
+                assert outcome is None, "it was accepted: it is neither run on other weights nor lost"
+                assert "goes on then" in await service.futures.paused(entry)
+            leaving = await Client.create(service)
+            await leaving.result(await service.runs.unload(leaving.model))
+        async with serving() as service:
+            client.service = service
+            outcome = await client.result(kept)
+            assert isinstance(outcome, LossOutput)
+            losses.append(outcome.metrics["loss:sum"])
+            await client.optim_step()
+            losses += await client.steps(2)
+            outcome = await client.result(drawn)
+            assert isinstance(outcome, SampleOutput)
+            assert outcome.sequences[0].tokens.tolist() == expected.sequences[0].tokens.tolist()
+            again = await client.created_from(saved)
+            assert await again.steps(1) == undisturbed[2:3]
+        assert losses == undisturbed[:5]
+
+    run(story)
+
+
+def test_what_was_made_before_weights_were_recorded_gets_those_that_it_runs_on(shared):
+    async def story(service):
+        client = await Client.create(service)
+        await client.steps(1)
+        await service._ledger.change(ModelRecord, client.model.model_id, base_fingerprint="")
+        run = service.models.get(NANO).conductor._runs[client.model.model_id]
+        run.record = await service._ledger.get(ModelRecord, client.model.model_id)
+        run.mistrust()
+        await client.steps(1)
+        recorded = await service._ledger.get(ModelRecord, client.model.model_id)
+        assert recorded.base_fingerprint == (await service.models.info(NANO)).fingerprint != ""
+
+    shared(story)
+
+
+# ---------------------------------------------------------------- the fingerprint
+
+
+def test_weights_are_known_wherever_and_in_whatever_files_they_lie(tmp_path, other):
+    folder = tmp_path / "moved"
+    shutil.copytree(FOLDER, folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {"model-1-of-2.safetensors": names[::2], "model-2-of-2.safetensors": names[1::2]}
+    for file, of_it in files.items():
+        save_file({name: weights[name] for name in of_it}, folder / file, {"format": "pt"})
+    where = {name: file for file, of_it in files.items() for name in of_it}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    config = json.loads((folder / "config.json").read_text())
+    says = {"transformers_version": "9", "eos_token_id": 3, "_name_or_path": "elsewhere"}
+    (folder / "config.json").write_text(json.dumps(config | says))
+    assert fingerprint_of(folder) == fingerprint_of(FOLDER) != fingerprint_of(other)
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1.0}))
+    assert fingerprint_of(folder) != fingerprint_of(FOLDER), "the same tensors, other numbers"
+
+
+def test_a_change_at_either_end_or_of_a_small_tensor_shows(tmp_path):
+    weights = load_file(FOLDER / "model.safetensors")
+    large = max(weights, key=lambda name: weights[name].nbytes)
+    small = min(weights, key=lambda name: weights[name].nbytes)
+    seen = {fingerprint_of(FOLDER)}
+    for name, at in ((large, 0), (large, -1), (small, 1)):
+        changed = {key: tensor.copy() for key, tensor in weights.items()}
+        changed[name].reshape(-1)[at] += 1
+        shutil.copytree(FOLDER, tmp_path / "changed", dirs_exist_ok=True)
+        save_file(changed, tmp_path / "changed" / "model.safetensors", {"format": "pt"})
+        seen.add(fingerprint_of(tmp_path / "changed"))
+    assert len(seen) == 4
