@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-from safetensors.numpy import load_file, save_file
 
+from tests.base_weights import other_weights, tensors_of, write
 from tests.control.conftest import BATCH, NANO, OWNER, Client
 from tinkercloud.engine.fingerprint import fingerprint_of
 from tinkercloud.engine.types import (
@@ -24,12 +24,7 @@ from tinkercloud.nano import FOLDER
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
-    """A model of the embedded one's form with other weights."""
-    folder = tmp_path_factory.mktemp("models") / "fine-tuned"
-    shutil.copytree(FOLDER, folder)
-    weights = load_file(folder / "model.safetensors")
-    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    return other_weights(tmp_path_factory.mktemp("models") / "fine-tuned")
 
 
 def draw(sampler) -> Sample:
@@ -108,12 +103,12 @@ def test_what_was_made_before_weights_were_recorded_gets_those_that_it_runs_on(s
 def test_weights_are_known_wherever_and_in_whatever_files_they_lie(tmp_path, other):
     folder = tmp_path / "moved"
     shutil.copytree(FOLDER, folder)
-    weights = load_file(folder / "model.safetensors")
+    weights = tensors_of(folder)
     (folder / "model.safetensors").unlink()
     names = sorted(weights)
     files = {"model-1-of-2.safetensors": names[::2], "model-2-of-2.safetensors": names[1::2]}
     for file, of_it in files.items():
-        save_file({name: weights[name] for name in of_it}, folder / file, {"format": "pt"})
+        write(folder / file, {name: weights[name] for name in of_it})
     where = {name: file for file, of_it in files.items() for name in of_it}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     config = json.loads((folder / "config.json").read_text())
@@ -125,14 +120,15 @@ def test_weights_are_known_wherever_and_in_whatever_files_they_lie(tmp_path, oth
 
 
 def test_a_change_at_either_end_or_of_a_small_tensor_shows(tmp_path):
-    weights = load_file(FOLDER / "model.safetensors")
-    large = max(weights, key=lambda name: weights[name].nbytes)
-    small = min(weights, key=lambda name: weights[name].nbytes)
+    weights = tensors_of(FOLDER)
+    large = max(weights, key=lambda name: len(weights[name][2]))
+    small = min(weights, key=lambda name: len(weights[name][2]))
     seen = {fingerprint_of(FOLDER)}
     for name, at in ((large, 0), (large, -1), (small, 1)):
-        changed = {key: tensor.copy() for key, tensor in weights.items()}
-        changed[name].reshape(-1)[at] += 1
+        dtype, shape, data = weights[name]
+        changed = bytearray(data)
+        changed[at] ^= 1
         shutil.copytree(FOLDER, tmp_path / "changed", dirs_exist_ok=True)
-        save_file(changed, tmp_path / "changed" / "model.safetensors", {"format": "pt"})
+        write(tmp_path / "changed" / "model.safetensors", weights | {name: (dtype, shape, bytes(changed))})
         seen.add(fingerprint_of(tmp_path / "changed"))
     assert len(seen) == 4

@@ -3,11 +3,13 @@
 import re
 import threading
 
+import httpx
 import psutil
 import pytest
 import tinker
 from tinker import types
 
+from tests.base_weights import other_weights
 from tests.e2e.test_first_steps import datum
 from tests.serving import Server
 
@@ -72,5 +74,15 @@ def test_a_stop_ends_cleanly_and_quickly_while_clients_wait(tmp_path):
         said = server.log.read_text()
         assert "Traceback" not in said
         assert re.search(r"Stopping: (finishing 1 operation and )?saving 1 training run\.", said), said
-        assert server.start().stop() == 0, "the state it left starts again"
+        # The state it left starts again, also behind another model, which the run is kept from.
+        step = {"json": {"model_id": run.model_id, "adam_params": {}}, "headers": {"x-api-key": "tml-test"}}
+        server.options = ("--model", f"tinkercloud/nano={other_weights(tmp_path / 'other')}")
+        server.start()
+        refused = httpx.post(f"{server.url}/api/v1/optim_step", **step)
+        assert refused.status_code == 400 and "now stands for other weights" in refused.json()["detail"]
+        assert server.stop() == 0
+        assert "1 training run(s) cannot go on" in server.log.read_text()
+        server.options = ()
+        server.start()
+        assert httpx.post(f"{server.url}/api/v1/optim_step", **step).status_code == 200
         client.holder.close()
