@@ -10,6 +10,7 @@ from msgspec import structs
 from tests.engine import reference
 from tests.engine.examples import forward_backward, gradient_of, make_datum, parameters_of, run, shaken, together
 from tests.engine.precision import assert_flat, assert_same, assert_same_metrics, assert_tensors
+from tinkercloud.engine.torch.kernels import products as kernel_products
 from tinkercloud.engine.types import AdamParams, Datum, DropModel, LossOutput, OptimStep, SaveWeights
 
 pytestmark = pytest.mark.device
@@ -137,6 +138,20 @@ def test_a_run_alone_is_the_run_among_any_others(trainer_of, budget, first):
         for one, other in zip(outputs, runs[0][0], strict=True):
             _assert_same(one, other)
         assert_flat(parameters, runs[0][1])
+
+
+def test_processors_with_narrow_registers_keep_the_promise_too(trainer_of, monkeypatch):
+    """They have no kernels for products; the gradients are the same but for rounding."""
+    data, gradients = _data(LENGTHS["long"]), []
+    for is_wide in (kernel_products._WIDE, False):
+        monkeypatch.setattr(kernel_products, "_WIDE", is_wide)
+        trainer = trainer_of()
+        run(trainer, *shaken("m"))
+        trainer._adapters["m"].parameters.copy_(parameters_of(trainer, "m").round(decimals=4))
+        run(trainer, forward_backward("m", data))
+        gradients.append(gradient_of(trainer, "m"))
+    assert_flat(gradients[1], gradients[0], relative=1e-5)
+    test_a_run_alone_is_the_run_among_any_others(trainer_of, 48, True)
 
 
 def test_a_tenant_that_goes_takes_nothing_with_it(trainer_of):

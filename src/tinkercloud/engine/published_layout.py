@@ -2,8 +2,9 @@
 
 It differs from PEFT's in two things. The unembedding is `model.unembed_tokens`, whatever the architecture calls it. And
 experts have three linear layers each, w1 (gate), w3 (up) and w2 (down), all experts' factors in one tensor: A
-[experts, r, in] and B [experts, out, r], where a first dimension of 1 would stand for a factor that all share. Here
-each expert has its own; gate and up are fused and have one A, so w1 and w3 carry the same.
+[experts, r, in] and B [experts, out, r], where a first dimension of 1 stands for a factor that all share. Here each
+expert is trained with its own, so that only where all experts' are equal (a fresh adapter's B, or an imported one's) a
+factor is written once; gate and up are fused and have one A, so w1 and w3 carry the same.
 """
 
 from __future__ import annotations
@@ -61,10 +62,18 @@ def _published(
     a = a.reshape(-1, rank, a.shape[1])
     b = b.reshape(len(b), rank, -1).transpose(2, 0, 1)
     if parameter == EXPERT_PARAMETERS[1]:
-        return {f"{experts}.w2": (a, b)}
+        return {f"{experts}.w2": _shared(a, b)}
     half = b.shape[1] // 2
     gate, up = (b[:, ::2], b[:, 1::2]) if alternating else (b[:, :half], b[:, half:])
-    return {f"{experts}.w1": (a, gate), f"{experts}.w3": (a, up)}
+    return {f"{experts}.w1": _shared(a, gate), f"{experts}.w3": _shared(a, up)}
+
+
+def _shared(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A [experts, r, in] and B [experts, out, r] with the factor once that is the same for all experts. Never both:
+    readers take the number of experts from the other one."""
+    if (a == a[:1]).all():
+        return a[:1], b
+    return a, b[:1] if (b == b[:1]).all() else b
 
 
 def _config(config: Mapping[str, Any], keys: Mapping[str, np.ndarray]) -> dict[str, Any]:

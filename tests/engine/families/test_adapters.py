@@ -135,6 +135,42 @@ def test_the_published_form_says_the_same(family, trainer_of, model_folder, tmp_
     assert not published
 
 
+def test_a_factor_that_all_experts_share_is_published_once(trainer_of, model_folder, tmp_path):
+    """As the hosted service does on the side of the model's hidden size: A of w1 and w3, B of w2."""
+    (tmp_path / "published").mkdir()
+    trainer = trainer_of("qwen3_moe")
+    run(trainer, *shaken("m", 4))
+    changed = 0
+    for pair in filter(None, trainer._adapters["m"].weights.pairs):
+        if pair[0].ndim == 3:
+            shared = pair[changed % 2]  # gate and up, then down
+            shared.copy_(shared[:1].expand_as(shared).clone())
+            changed += 1
+    assert changed == 2
+    run(trainer, SaveWeights("m", str(tmp_path / "m")))
+    write_published(tmp_path / "m", tmp_path / "published")
+    published = load_file(tmp_path / "published" / "adapter_model.safetensors")
+    sizes = {key.split("experts.")[1]: len(tensor) for key, tensor in published.items() if ".mlp.experts." in key}
+    assert sizes == {
+        f"{layer}.lora_{factor}.weight": 1 if (layer == "w2") == (factor == "B") else 6
+        for layer in ("w1", "w2", "w3")
+        for factor in "AB"
+    }
+    base = dict(reference.load_plain(model_folder("qwen3_moe")).named_parameters())
+    merged = reference.load_peft(model_folder("qwen3_moe"), tmp_path / "m").merge_and_unload().state_dict()
+    experts = "model.layers.1.mlp.experts"
+    scale = json.loads((tmp_path / "published" / "adapter_config.json").read_text())["lora_alpha"] / 4
+    w1, w2, w3 = (
+        scale
+        * published[f"base_model.model.{experts}.{layer}.lora_B.weight"]
+        @ published[f"base_model.model.{experts}.{layer}.lora_A.weight"]
+        for layer in ("w1", "w2", "w3")
+    )
+    for name, change in {"gate_up_proj": torch.cat([w1, w3], dim=1), "down_proj": w2}.items():
+        difference = merged[f"{experts}.{name}"] - base[f"{experts}.{name}"]
+        torch.testing.assert_close(difference, change, atol=1e-5, rtol=1e-4)
+
+
 def test_experts_that_were_adapted_in_part_are_refused(trainer_of, model_folder, tmp_path):
     plain = reference.new_peft(model_folder("qwen3_moe"), r=4, lora_alpha=12, target_parameters=EXPERTS[:1])
     plain.save_pretrained(tmp_path / "part")

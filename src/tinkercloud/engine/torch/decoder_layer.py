@@ -15,6 +15,7 @@ from torch.nn.functional import silu
 
 from tinkercloud.engine.torch.attention import Attention
 from tinkercloud.engine.torch.fused_linear import FusedLinear, Inner
+from tinkercloud.engine.torch.kernels.backward import gated_backward
 from tinkercloud.engine.torch.kernels.compiled import have_kernels
 from tinkercloud.engine.torch.kernels.rows import gated
 from tinkercloud.engine.torch.lora import LoraBatch
@@ -82,18 +83,19 @@ class DecoderLayer:
         inner_qkv, inner_output, inner_gate_up, inner_down = kept.inner
         d_gate_up = self._mlp_backward(kept.gate_up, inner_down, lora, d_output)
         d_normed = self._gate_up.backward(self._mlp_norm(kept.middle), inner_gate_up, lora, d_gate_up)
-        d_middle = self._mlp_norm.backward(kept.middle, d_normed).add_(d_output)
+        d_middle = self._mlp_norm.backward(kept.middle, d_normed, d_output)
 
         *inputs, attended = kept.attention
         rows = attended.detach().reshape(len(d_middle), -1)
         d_attended = self._output.backward(rows, inner_output, lora, d_middle)
         d_inputs = torch.autograd.grad(attended, inputs, d_attended.view_as(attended))
-        d_projected = self._attention_inputs_backward(kept.projected, rotation, d_inputs)
+        d_heads = tuple(part[0].transpose(0, 1) for part in d_inputs)
+        d_projected = rotation.backward_of_heads(kept.projected, self._head_norm, d_heads)
         normed = self._attention_norm(kept.x)
         d_normed = self._qkv.backward(normed, inner_qkv, lora, d_projected, input_wanted)
         if d_normed is None:
             return None
-        return self._attention_norm.backward(kept.x, d_normed).add_(d_middle)
+        return self._attention_norm.backward(kept.x, d_normed, d_middle)
 
     def _attention_inputs(self, projected: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [1, Hq, T, D], keys and values [1, Hkv, T, D]."""
@@ -104,22 +106,6 @@ class DecoderLayer:
         value = heads.narrow(1, self._heads + self._kv_heads, self._kv_heads).transpose(0, 1).unsqueeze(0)
         return by_head.narrow(1, 0, self._heads), by_head.narrow(1, self._heads, self._kv_heads), value
 
-    def _attention_inputs_backward(
-        self, projected: Tensor, rotation: Rotation, d_inputs: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
-        """The gradient of `projected`."""
-        d_query, d_key, d_value = (part[0].transpose(0, 1) for part in d_inputs)
-        heads = projected.view(len(projected), -1, self._head_dim)
-        d_heads = torch.empty_like(heads)
-        first, rotated = self._heads, self._heads + self._kv_heads
-        rotation.backward(d_query, d_heads.narrow(1, 0, first))
-        rotation.backward(d_key, d_heads.narrow(1, first, self._kv_heads))
-        d_heads.narrow(1, rotated, self._kv_heads).copy_(d_value)
-        if self._head_norm is not None:
-            d_rotated = d_heads.narrow(1, 0, rotated)
-            d_rotated.copy_(self._head_norm.backward(heads.narrow(1, 0, rotated), d_rotated))
-        return d_heads.flatten(1)
-
     def _activated(self, gate_up: Tensor) -> Tensor:
         """silu(gate) * up [T, I] of [T, 2 I]."""
         if have_kernels(gate_up):
@@ -129,12 +115,15 @@ class DecoderLayer:
 
     def _mlp_backward(self, gate_up: Tensor, inner_down: Inner, lora: LoraBatch, d_output: Tensor) -> Tensor:
         """The gradient of `gate_up`, in its place, from that of the MLP's output."""
+        if have_kernels(gate_up):
+            gated_backward(gate_up, self._down.backward(gated(gate_up), inner_down, lora, d_output))
+            return gate_up
         gate, up = gate_up.chunk(2, dim=1)
-        gated = silu(gate)
-        activated = gated * up
+        opened = silu(gate)
+        activated = opened * up
         d_activated = self._down.backward(activated, inner_down, lora, d_output)
         d_gated = torch.mul(d_activated, up, out=activated)
-        torch.mul(d_activated, gated, out=up)
+        torch.mul(d_activated, opened, out=up)
         torch.ops.aten.silu_backward(d_gated, gate, grad_input=gate)
         return gate_up
 

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from tinkercloud.engine.torch.kernels.compiled import have_kernels
-from tinkercloud.engine.torch.lora import LoraBatch, LoraLinear, add_products, add_sampled, frozen_product
+from tinkercloud.engine.torch.kernels.products import have_products
+from tinkercloud.engine.torch.lora import Inner, LoraBatch, LoraLinear, add_products, add_sampled, frozen_product
 from tinkercloud.engine.torch.products import add_product, product
-
-Inner = Sequence[Tensor | None]
-"""x A^T [rows, m r] of each segment, None where the adapter leaves all of the layers alone."""
 
 
 class FusedLinear:
@@ -36,7 +34,7 @@ class FusedLinear:
             first = 0
             for layer, part in zip(layers, self._weight.split(self.sizes), strict=True):
                 layer.weight = nn.Parameter(part, requires_grad=False)
-                layer.group, layer.first_column = self._group, first
+                layer.group, layer.first_column, layer.is_fused = self._group, first, True
                 first += layer.out_features
         self._weight_t = self._weight.t()
 
@@ -60,6 +58,9 @@ class FusedLinear:
     ) -> Tensor | None:
         """The input's gradient [T, in], if it is wanted, of the output's [T, out]; adds the adapters' own."""
         d_input = d_output @ self._weight if input_wanted else None
+        if have_products(x):
+            lora.low_rank(self._group).backward(x.contiguous(), *inner, d_output.contiguous(), d_input)
+            return d_input
         for segment, low in zip(lora, inner, strict=True):
             if low is None:
                 continue
@@ -83,6 +84,8 @@ class FusedLinear:
         if lora.is_sampled and have_kernels(x):
             add_sampled(self._group, lora, x, output)
             return []
+        if have_products(x):
+            return [lora.low_rank(self._group).forward(x.contiguous(), output)]
         inner: list[Tensor | None] = []
         total = len(x)
         for weights, start, end, _, _ in lora:

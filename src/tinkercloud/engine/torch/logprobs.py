@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.torch.kernels.backward import log_softmax, softmax_times
+from tinkercloud.engine.torch.kernels.compiled import have_kernels
 from tinkercloud.engine.torch.lora import LoraBatch, Segment, add_lora_gradients, inner_products
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.products import product
@@ -91,26 +93,34 @@ class TargetLogprobs:
             local, weight = place[first:last] - start, d_values[first:last]
             # d logits = onehot * d - softmax * (sum of the row's d)
             row_sum = torch.zeros(end - start, device=weight.device).index_add_(0, local, weight)
-            row_sum = row_sum.neg_().unsqueeze(1)
-            for block, own in zip(
-                log_probabilities.split(self._block_rows), row_sum.split(self._block_rows), strict=True
-            ):
-                block.exp_().mul_(own)
+            row_sum.neg_()
+            self._exp_times(log_probabilities, row_sum)
             d_logits = log_probabilities
             d_logits.view(-1).index_add_(0, local * d_logits.shape[1] + tokens[first:last], weight)
             d_logits = d_logits.to(self._hidden.dtype)
             x = self._hidden[chunk_rows]
             d_x = product(d_logits, unembedding.weight)
-            inner = inner_products(unembedding.index, lora, x)
-            add_lora_gradients(unembedding.index, lora, x, inner, d_logits, d_x)
+            inner = inner_products(unembedding, lora, x)
+            add_lora_gradients(unembedding, lora, x, inner, d_logits, d_x)
             d_hidden[chunk_rows] = d_x
         return d_hidden
 
     def _log_probabilities(self, rows: Tensor, lora: LoraBatch) -> Tensor:
         logits = self._model.logits(self._hidden[rows], lora)
+        if have_kernels(logits):
+            log_softmax(logits)
+            return logits
         for block in logits.split(self._block_rows):
             block.copy_(block.log_softmax(dim=-1))
         return logits
+
+    def _exp_times(self, log_probabilities: Tensor, factors: Tensor) -> None:
+        """Make exp(log_probabilities) * factors of [n, V] and [n] in the place of the first."""
+        if have_kernels(log_probabilities):
+            softmax_times(log_probabilities, factors)
+            return
+        for block, own in zip(log_probabilities.split(self._block_rows), factors.split(self._block_rows), strict=True):
+            block.exp_().mul_(own.unsqueeze(1))
 
     def _chunks(self, rows: Tensor) -> list[_Chunk]:
         """Cut rows (increasing) into chunks of whole pieces. A piece is cut from one datum's rows alone, so that its

@@ -10,6 +10,7 @@ comes in two operations has the gradient of one, up to the rounding of a sum of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from torch.nn.functional import linear
 
 from tinkercloud.engine.torch.kernels.compiled import have_kernels
 from tinkercloud.engine.torch.kernels.lora import add_low_rank
+from tinkercloud.engine.torch.kernels.low_rank import AdapterRows, LowRank
 from tinkercloud.engine.torch.kernels.products import few_rows_product, have_products
 from tinkercloud.engine.torch.products import add_product, add_products_of, product
 
@@ -114,6 +116,28 @@ class LoraBatch(tuple[Segment, ...]):
     is_sampled = False
     """Whether it is of a `SampledLora`."""
 
+    def low_rank(self, group: int) -> LowRank:
+        """For kernels: a group's layers in all segments."""
+        if group not in self._low_ranks:
+            self._low_ranks[group] = LowRank(self._rows_of(group))
+        return self._low_ranks[group]
+
+    @cached_property
+    def _low_ranks(self) -> dict[int, LowRank]:
+        return {}
+
+    @cached_property
+    def _datums(self) -> list[Tensor]:
+        """Of each segment, int64 [n, 2]."""
+        return [torch.tensor(segment.datums, dtype=torch.int64).view(-1, 2) for segment in self]
+
+    def _rows_of(self, group: int) -> Iterable[AdapterRows]:
+        for (weights, start, end, gradient, _), datums in zip(self, self._datums, strict=True):
+            stack = weights.pairs.stacks.get(group)
+            if stack is not None:
+                to = None if gradient is None else gradient.stacks[group].a
+                yield AdapterRows(start, end - start, stack.a, stack.places, weights.scale, to, datums)
+
 
 class SampledLora(LoraBatch):
     """Those of a sampling step: of many adapters with few rows each, whose products have kernels of their own."""
@@ -152,6 +176,8 @@ class LoraLinear(nn.Module):
         """Layers with the same number read the same input, and their outputs lie side by side; see `FusedLinear`."""
         self.first_column = 0
         """Of its group's output."""
+        self.is_fused = False
+        """Whether there are others in its group."""
 
     def forward(self, x: Tensor) -> Tensor:
         batch = self.current.batch
@@ -160,11 +186,11 @@ class LoraLinear(nn.Module):
         if torch.is_grad_enabled():
             return _LoraProduct.apply(x, self.current.anchor, self, batch)
         output = self.frozen_output(x)
-        if batch.is_sampled and have_kernels(x) and self.group == self.index:
+        if batch.is_sampled and have_kernels(x) and not self.is_fused:
             rows = x.reshape(-1, self.in_features).contiguous()
             add_sampled(self.group, batch, rows, output.view(-1, self.out_features))
             return output
-        add_lora(self.index, batch, x.reshape(-1, self.in_features), output.view(-1, self.out_features))
+        add_lora(self, batch, x.reshape(-1, self.in_features), output.view(-1, self.out_features))
         return output
 
     def frozen_weight(self, dtype: torch.dtype) -> Tensor:
@@ -180,11 +206,18 @@ class LoraLinear(nn.Module):
         return d_output @ self.weight
 
 
-def add_lora(index: int, batch: LoraBatch, x: Tensor, output: Tensor) -> list[Tensor | None]:
-    """Add scale * (x A^T) B^T of layer `index` to `output` in place; the x A^T [rows, r] of each segment."""
+Inner = Sequence[Tensor | None]
+"""x A^T [rows, r] of each segment, None where an adapter leaves the layer alone; with kernels, all in one flat tensor.
+"""
+
+
+def add_lora(layer: LoraLinear, batch: LoraBatch, x: Tensor, output: Tensor) -> Inner:
+    """Add scale * (x A^T) B^T of a layer to `output` in place, of x [rows, in]."""
+    if have_products(x) and not layer.is_fused:
+        return [batch.low_rank(layer.group).forward(x.contiguous(), output)]
     inner = []
     for segment in batch:
-        pair = segment.weights.pairs[index]
+        pair = segment.weights.pairs[layer.index]
         if pair is None:
             inner.append(None)
             continue
@@ -220,28 +253,33 @@ def add_sampled(group: int, batch: LoraBatch, x: Tensor, output: Tensor) -> None
         add_low_rank(own, stack.a, stack.places, weights.scale, out)
 
 
-def inner_products(index: int, batch: LoraBatch, x: Tensor) -> list[Tensor | None]:
-    """x A^T [rows, r] of layer `index` for each segment, None where the adapter leaves the layer alone."""
-    pairs = [(segment.weights.pairs[index], segment.start, segment.end) for segment in batch]
+def inner_products(layer: LoraLinear, batch: LoraBatch, x: Tensor) -> Inner:
+    """x A^T of a layer alone."""
+    if have_products(x) and not layer.is_fused:
+        return [batch.low_rank(layer.group).forward(x.contiguous(), None)]
+    pairs = [(segment.weights.pairs[layer.index], segment.start, segment.end) for segment in batch]
     return [None if pair is None else product(x[start:end], pair[0].t()) for pair, start, end in pairs]
 
 
 def add_lora_gradients(
-    index: int, batch: LoraBatch, x: Tensor, inner: Sequence[Tensor | None], d_output: Tensor, d_input: Tensor | None
+    layer: LoraLinear, batch: LoraBatch, x: Tensor, inner: Inner, d_output: Tensor, d_input: Tensor | None
 ) -> None:
-    """Add layer `index`'s dA and dB to each segment's gradient, and its part of the input's gradient to `d_input`.
+    """Add a layer's dA and dB to each segment's gradient, and its part of the input's gradient to `d_input`.
 
     x [rows, in], inner as `add_lora` returned it, d_output [rows, out], d_input [rows, in] or None if it is not wanted.
     """
+    if have_products(x) and not layer.is_fused:
+        batch.low_rank(layer.group).backward(x.contiguous(), *inner, d_output.contiguous(), d_input)
+        return
     for segment, low in zip(batch, inner, strict=True):
         if low is None:
             continue
-        a, b = segment.weights.pairs[index]
+        a, b = segment.weights.pairs[layer.index]
         rows, scale = slice(segment.start, segment.end), segment.weights.scale
         d_out = d_output[rows]
         d_low = product(d_out, b)
         if segment.gradient is not None:
-            d_a, d_b = segment.gradient[index]
+            d_a, d_b = segment.gradient[layer.index]
             add_products(d_b, d_out, low, segment.datums, scale)
             add_products(d_a, d_low, x[rows], segment.datums, scale)
         if d_input is not None:
@@ -275,7 +313,7 @@ class _LoraProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: LoraLinear, batch: LoraBatch) -> Tensor:
         output = layer.frozen_output(x)
         rows = x.reshape(-1, layer.in_features)
-        inner = add_lora(layer.index, batch, rows, output.view(-1, layer.out_features))
+        inner = add_lora(layer, batch, rows, output.view(-1, layer.out_features))
         ctx.save_for_backward(rows, *inner)
         ctx.layer, ctx.batch, ctx.shape = layer, batch, x.shape
         return output
@@ -287,5 +325,5 @@ class _LoraProduct(torch.autograd.Function):
         layer = ctx.layer
         d_output = d_output.reshape(-1, layer.out_features)
         d_input = layer.frozen_input_gradient(d_output) if ctx.needs_input_grad[0] else None
-        add_lora_gradients(layer.index, ctx.batch, rows, inner, d_output, d_input)
+        add_lora_gradients(layer, ctx.batch, rows, inner, d_output, d_input)
         return (None if d_input is None else d_input.view(ctx.shape)), None, None, None

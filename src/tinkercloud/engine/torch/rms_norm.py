@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from tinkercloud.engine.torch.kernels.backward import rms_norm_backward
 from tinkercloud.engine.torch.kernels.compiled import have_kernels
 from tinkercloud.engine.torch.kernels.rows import rms_norm
 
@@ -27,13 +28,16 @@ class RMSNorm:
         normed = x * self._inverse(x)
         return (normed if normed.dtype == x.dtype else normed.to(x.dtype)).mul_(self.weight)
 
-    def backward(self, x: Tensor, d_normed: Tensor) -> Tensor:
-        """The gradient of x from that of x normalised, in x's dtype."""
+    def backward(self, x: Tensor, d_normed: Tensor, added: Tensor | None = None) -> Tensor:
+        """The gradient of x from that of x normalised, in x's dtype, plus `added`."""
+        if x.ndim == 2 and have_kernels(x):
+            return rms_norm_backward(x, self.weight, self.eps, d_normed, added)
         inverse = self._inverse(x)
         d_unit = (d_normed * self.weight).float()
         # d_x = (d_unit - unit * mean(d_unit * unit)) / rms, with unit = x / rms
         along = (d_unit * x).sum(-1, keepdim=True).mul_(inverse).mul_(inverse).mul_(-self._share)
-        return d_unit.addcmul_(x, along).mul_(inverse).to(x.dtype)
+        d_x = d_unit.addcmul_(x, along).mul_(inverse).to(x.dtype)
+        return d_x if added is None else d_x.add_(added)
 
     def _inverse(self, x: Tensor) -> Tensor:
         """1 / rms(x) float32 [..., 1]."""

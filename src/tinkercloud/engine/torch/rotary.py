@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.torch.kernels.backward import rotated_backward
 from tinkercloud.engine.torch.kernels.compiled import have_kernels
 from tinkercloud.engine.torch.kernels.rows import rotated
 from tinkercloud.engine.torch.rms_norm import RMSNorm
@@ -29,6 +30,24 @@ class Rotation:
             return rotated(projected, weight, eps, count, self._cos[:, 0], self._sin[:, 0])
         heads = projected.view(len(projected), -1, self._cos.shape[-1]).narrow(1, 0, count)
         return self(heads if norm is None else norm(heads))
+
+    def backward_of_heads(self, projected: Tensor, norm: RMSNorm | None, d_heads: tuple[Tensor, ...]) -> Tensor:
+        """The gradient of rows [T, ...], queries, keys and values side by side, from those of the queries and the keys
+        that `of_heads` gives and of the values, [T, H, D] each."""
+        if have_kernels(projected):
+            weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+            return rotated_backward(projected, weight, eps, self._cos[:, 0], self._sin[:, 0], d_heads)
+        heads = projected.view(len(projected), -1, self._cos.shape[-1])
+        d_query, d_key, d_value = d_heads
+        d_projected = torch.empty_like(heads)
+        rotated = d_query.shape[1] + d_key.shape[1]
+        self.backward(d_query, d_projected.narrow(1, 0, d_query.shape[1]))
+        self.backward(d_key, d_projected.narrow(1, d_query.shape[1], d_key.shape[1]))
+        d_projected.narrow(1, rotated, d_value.shape[1]).copy_(d_value)
+        if norm is not None:
+            d_rotated = d_projected.narrow(1, 0, rotated)
+            d_rotated.copy_(norm.backward(heads.narrow(1, 0, rotated), d_rotated))
+        return d_projected.flatten(1)
 
     def __call__(self, heads: Tensor) -> Tensor:
         """The heads, rotated."""

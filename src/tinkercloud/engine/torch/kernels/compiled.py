@@ -7,6 +7,7 @@ as many as torch would use: which thread computes what is left to chance, so a p
 from __future__ import annotations
 
 import ctypes
+import struct
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,11 @@ def shared(task: Callable[..., None]) -> Callable[..., None]:
             _OPENMP(compiled.address, data.buffer_info()[0], threads, 0)
 
     return run
+
+
+def bits_of(number: float) -> int:
+    """A float64 as the int64 of the same bits, to be among a task's numbers."""
+    return struct.unpack("q", struct.pack("d", number))[0]
 
 
 @intrinsic

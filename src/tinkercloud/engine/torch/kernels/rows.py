@@ -1,4 +1,7 @@
-"""What a decoder layer does to each row beside products, each in one pass over memory."""
+"""What a decoder layer does to each row beside products, each in one pass over memory.
+
+Of many rows torch's threads take blocks; a row is computed by the same code, whoever takes it.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,19 @@ import math
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
-from tinkercloud.engine.torch.kernels.compiled import kernel
+from tinkercloud.engine.torch.kernels.compiled import bits_of, kernel, next_part, shared
 from tinkercloud.engine.torch.kernels.vectors import (
     LANES,
     add,
     div,
+    doubles,
     exp,
     floats,
     fma,
+    ints,
     mul,
     neg,
     part,
@@ -24,13 +30,23 @@ from tinkercloud.engine.torch.kernels.vectors import (
     total,
 )
 
+MANY_ROWS = 64
+"""From so many on they are shared out."""
+
+BLOCK = 32
+"""Rows that a thread takes at a time."""
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [T, D] / rms(x) * weight [D]."""
     assert weight.is_contiguous()
     x = x.contiguous()
     output = torch.empty_like(x)
-    _rms_norm(x.data_ptr(), weight.data_ptr(), output.data_ptr(), x.shape[0], x.shape[1], eps)
+    rows, width = x.shape
+    if rows < MANY_ROWS:
+        _rms_norm(x.data_ptr(), weight.data_ptr(), output.data_ptr(), rows, width, eps)
+    else:
+        _rms_norms(x.data_ptr(), weight.data_ptr(), output.data_ptr(), rows, width, bits_of(eps))
     return output
 
 
@@ -39,7 +55,8 @@ def gated(gate_up: Tensor) -> Tensor:
     assert gate_up.is_contiguous()
     rows, width = gate_up.shape
     output = gate_up.new_empty(rows, width // 2)
-    _gated(gate_up.data_ptr(), output.data_ptr(), rows, width // 2)
+    run = _gated if rows < MANY_ROWS else _gateds
+    run(gate_up.data_ptr(), output.data_ptr(), rows, width // 2)
     return output
 
 
@@ -50,17 +67,18 @@ def rotated(projected: Tensor, weight: Tensor | None, eps: float, heads: int, co
     assert weight is None or weight.is_contiguous()
     rows, half = sin.shape
     output = projected.new_empty(rows, heads, 2 * half)
-    _rotated(
+    run, eps = (_rotated, eps) if rows < MANY_ROWS else (_rotateds, bits_of(eps))
+    run(
         projected.data_ptr(), projected.stride(0), 0 if weight is None else weight.data_ptr(), eps, output.data_ptr(),
         rows, heads, half, cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0),
     )  # fmt: skip
     return output
 
 
-@kernel("void(int64,int64,int64,int64,int64,float32)")
-def _rms_norm(x_at, weight_at, output_at, rows, width, eps):
+@njit(inline="always")
+def _norm_of(x_at, weight_at, output_at, begin, stop, width, eps):
     x, weight, output = floats(x_at), floats(weight_at), floats(output_at)
-    for row in range(rows):
+    for row in range(begin, stop):
         first = row * width
         squares = splat(np.float32(0))
         for column in range(0, width, LANES):
@@ -73,11 +91,26 @@ def _rms_norm(x_at, weight_at, output_at, rows, width, eps):
             store_part(output, first + column, mul(own, part(weight, column, left)), left)
 
 
-@kernel("void(int64,int64,int64,int64)")
-def _gated(gate_up_at, output_at, rows, width):
+@kernel("void(int64,int64,int64,int64,int64,float32)")
+def _rms_norm(x_at, weight_at, output_at, rows, width, eps):
+    _norm_of(x_at, weight_at, output_at, 0, rows, width, eps)
+
+
+@shared
+def _rms_norms(data_at):
+    data = ints(data_at)
+    first = next_part(data) * BLOCK
+    while first < data[4]:
+        stop = min(first + BLOCK, data[4])
+        _norm_of(data[1], data[2], data[3], first, stop, data[5], np.float32(doubles(data_at)[6]))
+        first = next_part(data) * BLOCK
+
+
+@njit(inline="always")
+def _gated_of(gate_up_at, output_at, begin, stop, width):
     gate_up, output = floats(gate_up_at), floats(output_at)
     one = splat(np.float32(1))
-    for row in range(rows):
+    for row in range(begin, stop):
         first = 2 * row * width
         for column in range(0, width, LANES):
             left = width - column
@@ -86,10 +119,24 @@ def _gated(gate_up_at, output_at, rows, width):
             store_part(output, row * width + column, mul(div(gate, add(one, exp(neg(gate)))), up), left)
 
 
-@kernel("void(int64,int64,int64,float32,int64,int64,int64,int64,int64,int64,int64,int64)")
-def _rotated(x_at, x_row, weight_at, eps, output_at, rows, heads, half, cos_at, cos_row, sin_at, sin_row):
+@kernel("void(int64,int64,int64,int64)")
+def _gated(gate_up_at, output_at, rows, width):
+    _gated_of(gate_up_at, output_at, 0, rows, width)
+
+
+@shared
+def _gateds(data_at):
+    data = ints(data_at)
+    first = next_part(data) * BLOCK
+    while first < data[3]:
+        _gated_of(data[1], data[2], first, min(first + BLOCK, data[3]), data[4])
+        first = next_part(data) * BLOCK
+
+
+@njit(inline="always")
+def _rotated_of(x_at, x_row, weight_at, eps, output_at, begin, stop, heads, half, cos_at, cos_row, sin_at, sin_row):
     x, weight, output, cos, sin = floats(x_at), floats(weight_at), floats(output_at), floats(cos_at), floats(sin_at)
-    for row in range(rows):
+    for row in range(begin, stop):
         for head in range(heads):
             own, first, to = 2 * half * head, row * x_row + 2 * half * head, (row * heads + head) * 2 * half
             inverse = splat(np.float32(1))
@@ -109,3 +156,20 @@ def _rotated(x_at, x_row, weight_at, eps, output_at, rows, heads, half, cos_at, 
                 c, s = part(cos, row * cos_row + column, left), part(sin, row * sin_row + column, left)
                 store_part(output, to + column, fma(neg(other), s, mul(one, c)), left)
                 store_part(output, to + half + column, fma(one, s, mul(other, c)), left)
+
+
+@kernel("void(int64,int64,int64,float32,int64,int64,int64,int64,int64,int64,int64,int64)")
+def _rotated(x_at, x_row, weight_at, eps, output_at, rows, heads, half, cos_at, cos_row, sin_at, sin_row):
+    _rotated_of(x_at, x_row, weight_at, eps, output_at, 0, rows, heads, half, cos_at, cos_row, sin_at, sin_row)
+
+
+@shared
+def _rotateds(data_at):
+    data = ints(data_at)
+    first = next_part(data) * BLOCK
+    while first < data[6]:
+        _rotated_of(
+            data[1], data[2], data[3], np.float32(doubles(data_at)[4]), data[5], first, min(first + BLOCK, data[6]),
+            data[7], data[8], data[9], data[10], data[11], data[12],
+        )  # fmt: skip
+        first = next_part(data) * BLOCK

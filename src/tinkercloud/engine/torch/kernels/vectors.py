@@ -248,11 +248,11 @@ def chosen(context, a, b, then, otherwise):
 
 
 @intrinsic
-def part(context, pointer, index, count):
-    """The first `count` numbers from an index on as a vector, the other lanes 0."""
+def part_or(context, pointer, index, count, otherwise):
+    """The first `count` numbers from an index on as a vector, and another vector's in the lanes behind them."""
 
     def emit(context, builder, signature, args):
-        pointer, index, count = args
+        pointer, index, count, otherwise = args
         mask = _mask(builder, count)
         name = f"llvm.masked.load.v{LANES}f32.p0"
         place = builder.bitcast(builder.gep(pointer, [index]), _FLOATS.as_pointer())
@@ -261,10 +261,15 @@ def part(context, pointer, index, count):
             ir.FunctionType(_FLOATS, [_FLOATS.as_pointer(), ir.IntType(32), mask.type, _FLOATS]),
             name,
         )
-        align = ir.Constant(ir.IntType(32), 4)
-        return builder.call(function, [place, align, mask, ir.Constant(_FLOATS, [0.0] * LANES)])
+        return builder.call(function, [place, ir.Constant(ir.IntType(32), 4), mask, otherwise])
 
-    return VECTOR(pointer, types.int64, types.int64), emit
+    return VECTOR(pointer, types.int64, types.int64, VECTOR), emit
+
+
+@njit(inline="always")
+def part(pointer, index, count):
+    """The first `count` numbers from an index on as a vector, the other lanes 0."""
+    return part_or(pointer, index, count, splat(np.float32(0)))
 
 
 @intrinsic
