@@ -201,6 +201,18 @@ class Settings(PerModel, BaseSettings):
         "`postgresql+psycopg://USER:PASSWORD@HOST/DATABASE` needs the extra `postgresql`. A database belongs to one "
         "data folder.",
     )
+    checkpoints_url: str | None = Field(
+        None,
+        description="Where named checkpoints are kept from now on, as fsspec's URL of a folder: `s3://BUCKET/PREFIX` "
+        "(the extra `s3`), `file:///OTHER/DISK`; without it, the data folder. It belongs to one data folder. See "
+        "storage.md.",
+    )
+    checkpoints_cache_bytes: ByteSize = Field(
+        32 * 2**30,
+        gt=0,
+        description="Bytes in the data folder for copies of checkpoints at `checkpoints_url`; beyond, the least "
+        "recently used go, but none of the last ten minutes.",
+    )
     tls_cert: Path | None = Field(
         None,
         description="PEM file with the certificate to listen with, and those that lead to its authority; with "

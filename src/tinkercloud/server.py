@@ -20,6 +20,7 @@ import uvicorn
 from tinkercloud.api import tokens
 from tinkercloud.api.app import create_app
 from tinkercloud.config import Settings, is_loopback, server_url
+from tinkercloud.control.checkpoint_store import UnusableStore
 from tinkercloud.control.conductor import Unfinished
 from tinkercloud.control.engines import OnProgress
 from tinkercloud.control.housekeeping import keep_house
@@ -73,7 +74,10 @@ async def _serve(
     try:
         tokens.secret(settings.data_dir)  # from the start, since commands on this machine sign with it
         service = await Service.start(settings, on_progress)
-    except (DatabaseInUse, DataDirInUse, UnusableDatabase, WrongVersion, NoKeys, tokens.UnusableSecret) as error:
+    except (
+        *(DatabaseInUse, DataDirInUse, UnusableDatabase, WrongVersion, NoKeys, UnusableStore),
+        tokens.UnusableSecret,
+    ) as error:
         raise StartError(str(error)) from None
     except OSError as error:
         where = error.filename or settings.data_dir

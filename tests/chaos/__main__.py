@@ -18,6 +18,7 @@ from rich.table import Table
 from tests.chaos.faults import CALLS, Bench, Fault
 from tests.chaos.kills import ANSWER_SECONDS, Kill, Outcome, differences, disturbed, undisturbed
 from tests.postgresql import PostgreSQL
+from tests.s3 import S3
 from tests.serving import Server
 
 SNAPSHOT_OPERATIONS = 7
@@ -36,6 +37,7 @@ def kills_command(
     seed: Annotated[int, typer.Option(help="Of the script and of the kills.")] = 0,
     minutes: Annotated[float, typer.Option(help="Kill nothing after so many minutes.")] = 60.0,
     postgresql: Annotated[bool, typer.Option("--postgresql", help="Keep the ledger in PostgreSQL.")] = False,
+    s3: Annotated[bool, typer.Option("--s3", help="Keep checkpoints in S3 (moto's).")] = False,
 ) -> None:
     """Kill the engine, the server or both at random moments of a training script and compare it with one to which
     nothing happens. Exit status 1 if the two differ in a bit or an answer took too long."""
@@ -46,6 +48,10 @@ def kills_command(
         expected = undisturbed(server, seed, rounds, folder / "undisturbed.err")
     out.print(f"undisturbed: {expected.num_answers} answers to {len(expected.answers)} tenants")
     options = ["--set", f"snapshot_operations={SNAPSHOT_OPERATIONS}"]
+    if s3:
+        store = S3()
+        os.environ |= store.environ
+        options += ["--set", f"checkpoints_url={store.bucket()}"]
     if postgresql:
         with PostgreSQL() as database:
             found, happened = _disturbed(

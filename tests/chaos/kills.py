@@ -91,7 +91,8 @@ def outcome_of(script: Script, data_dir: Path) -> Outcome:
     for answer in script.answers:
         if answer["what"] == "final":
             run = answer["value"].removeprefix("tinker://").partition("/")[0]
-            weights[answer["tenant"]] = _bits(data_dir / "checkpoints" / run.replace(":", "_") / "weights" / "final")
+            tree = "cache" if (data_dir / "cache").is_dir() else "checkpoints"  # copies of what is in a store
+            weights[answer["tenant"]] = _bits(data_dir / tree / run.replace(":", "_") / "weights" / "final")
         else:
             answers[answer["tenant"]].append((answer["what"], answer["value"]))
     return Outcome(dict(answers), weights)

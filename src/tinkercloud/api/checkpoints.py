@@ -119,7 +119,7 @@ async def external_weights_urls(path: PathOf, request: Request, service: Service
     checkpoint = await service.checkpoints.get(path, owner)
     if checkpoint.kind != "external":
         raise InvalidRequest(f"{path} is a {checkpoint.kind} checkpoint; save_weights_external makes one to download")
-    links = {name: file_link(request, checkpoint, name) for name in service.checkpoints.files(checkpoint)}
+    links = {name: file_link(request, checkpoint, name) for name in await service.checkpoints.files(checkpoint)}
     return {
         "urls": {name: url for name, (url, _) in links.items()},
         "expires": iso(min(expires for _, expires in links.values())),

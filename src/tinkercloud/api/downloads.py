@@ -68,10 +68,12 @@ async def download(token: str, name: str, request: Request, service: ServiceOf) 
         return Response(trace, media_type="application/octet-stream")
     checkpoint = await service.checkpoints.get(claims["path"], claims["reader"])
     folder = service.checkpoints.folder(checkpoint)
+    if checkpoint.folder == claims["folder"]:
+        await service.checkpoints.bring(checkpoint)
     if checkpoint.folder != claims["folder"] or not folder.is_dir():
         raise NotFound("the checkpoint behind this link was replaced; ask for a new link")
     if name == ARCHIVE:
-        files = [folder / file for file in service.checkpoints.files(checkpoint)]
+        files = [folder / file for file in await service.checkpoints.files(checkpoint)]
         return StreamingResponse(
             _tar(files), media_type="application/x-tar", headers={"content-length": str(_tar_bytes(files))}
         )

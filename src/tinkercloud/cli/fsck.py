@@ -25,11 +25,17 @@ def fsck(
         str | None,
         typer.Option(help=Settings.model_fields["database_url"].description, show_default=False),
     ] = None,
+    checkpoints_url: Annotated[
+        str | None,
+        typer.Option(help=Settings.model_fields["checkpoints_url"].description, show_default=False),
+    ] = None,
 ) -> None:
-    """Verify a data directory: the log and its results, snapshots, checkpoints and samplers, by their checksums.
+    """Verify a data directory: the log and its results, snapshots, checkpoints and samplers, by their checksums, those
+    in a store too.
 
     Changes nothing. Exit status 1 if something is lost that the server does not bring back by itself.
     """
+    from tinkercloud.control.checkpoint_store import CheckpointStore, UnusableStore
     from tinkercloud.control.verify import problems
     from tinkercloud.ledger.lock import DataDirInUse
     from tinkercloud.ledger.verify import NoLedger
@@ -37,9 +43,13 @@ def fsck(
     if folder is None:
         settings = Settings.load()
         folder, database_url = settings.data_dir, database_url or settings.database_url
+        checkpoints_url = checkpoints_url or settings.checkpoints_url
         out.print(escape(str(folder)), soft_wrap=True)
     try:
-        found = problems(folder, database_url)
+        store = CheckpointStore(checkpoints_url, "") if checkpoints_url else None  # it only reads
+        found = problems(folder, database_url, store)
+    except UnusableStore as error:
+        raise CommandError(str(error)) from None
     except DataDirInUse as error:
         raise CommandError(f"{error.data_dir} is in use by a server (process {error.holder}): stop that one") from None
     except NoLedger as error:

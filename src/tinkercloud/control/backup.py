@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tinkercloud.control.folders import TREES
+from tinkercloud.control.folders import KEPT_TREES
 from tinkercloud.control.model_memory import FILE as MODELS_FILE
 from tinkercloud.control.verify import lacking
 from tinkercloud.ledger import database
@@ -37,7 +37,8 @@ class BackupError(Exception):
 def back_up(data_dir: Path, url: str | None, target: Path) -> None:
     """Copy a data directory to `target`, which must not be there. Raises BackupError and `UnusableDatabase`.
 
-    Weights are hard links where the file system allows it: they take no space until the original goes.
+    Weights are hard links where the file system allows it: they take no space until the original goes. Checkpoints in a
+    store stay there, and are not in the copy.
     """
     if not (data_dir / SEGMENTS).is_dir():
         raise BackupError(f"{data_dir} is no data directory of a server: give one with --data-dir")
@@ -99,7 +100,7 @@ def _appearing(target: Path) -> Iterator[Path]:
 def _copy_files(source: Path, target: Path) -> None:
     """Everything but the database; what is there already stays, but for files that grow or change."""
     copy_segments(source / SEGMENTS, target / SEGMENTS)
-    for tree in TREES:
+    for tree in KEPT_TREES:
         for folder in source.glob(tree):
             place = target / folder.relative_to(source)
             if not place.exists() and not folder.name.startswith("."):

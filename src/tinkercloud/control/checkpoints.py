@@ -78,8 +78,15 @@ class Checkpoints:
         """Where its files are."""
         return self._data_dir / checkpoint.folder
 
-    def files(self, checkpoint: CheckpointRecord) -> list[str]:
-        """The names of those that hold its weights and say what they are: not those that only this server reads."""
+    async def bring(self, checkpoint: CheckpointRecord) -> None:
+        """Make sure that its files are in its `folder`, for some minutes at least. NotFound or InvalidRequest if they
+        are gone or damaged, Unavailable if the store that has them does not answer."""
+        await self._storage.bring(checkpoint.folder)
+
+    async def files(self, checkpoint: CheckpointRecord) -> list[str]:
+        """The names of those that hold its weights and say what they are: not those that only this server reads. They
+        are in its `folder`; as `bring`."""
+        await self.bring(checkpoint)
         names = {file.name.removesuffix(AGE_SUFFIX): file.name for file in self.folder(checkpoint).iterdir()}
         return sorted(names[name] for name in (CONFIG_FILE, WEIGHTS_FILE) if name in names)
 
@@ -132,15 +139,19 @@ class Checkpoints:
                 "serve the model with a larger max_rank"
             )
         model_id = f"import-{uuid.uuid4()}"
+        stored = self._storage.has_store
         drafts = self._data_dir / checkpoints_folder(draft_of(model_id))
         draft = checkpoint_folder(draft_of(model_id), "training", name, 0)
         try:
             await asyncio.to_thread(_copy_adapter, folder, self._data_dir / draft)
             await self._check_loads(base_model, draft)
-            drafts.rename(self._data_dir / checkpoints_folder(model_id))
+            place = self._data_dir / checkpoints_folder(model_id, stored=stored)
+            place.parent.mkdir(exist_ok=True)
+            drafts.rename(place)
         finally:
             await asyncio.to_thread(shutil.rmtree, drafts, ignore_errors=True)
-        target = checkpoint_folder(model_id, "training", name, 0)
+        target = checkpoint_folder(model_id, "training", name, 0, stored=stored)
+        await self._storage.publish(target)
         try:
             return await self._ledger.insert(self._imported(model_id, name, owner, info, lora, target))
         except Exception:  # not of a caller that was cancelled: its write may still happen

@@ -19,7 +19,7 @@ from tinkercloud.control.arrivals import Arrivals, within
 from tinkercloud.control.base_weights import fits
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import KeptEngine
-from tinkercloud.control.folders import checkpoint_path
+from tinkercloud.control.folders import checkpoint_path, is_stored
 from tinkercloud.control.gathering import Gathering
 from tinkercloud.control.metering import tokens_of
 from tinkercloud.control.outcomes import SamplerDetails, SaveDetails, conclude, details_of
@@ -28,7 +28,7 @@ from tinkercloud.control.sampler_desk import SamplerDesk
 from tinkercloud.control.storage import Storage
 from tinkercloud.control.suspects import MAX_DEATHS, RETRY_SECONDS
 from tinkercloud.control.training_run import ReplayError, TrainingRun
-from tinkercloud.engine.types import BaseModelInfo, ClearGradients, DropModel, Failure, LoadOutput, Result
+from tinkercloud.engine.types import BaseModelInfo, ClearGradients, DropModel, Failure, LoadOutput, Result, SaveOutput
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.order import ModelLog
@@ -46,6 +46,9 @@ LOST_STATE = (
     "create_training_client_from_state"
 )
 """What the client of a run can do whose state cannot be rebuilt."""
+
+PUBLISH_SECONDS = 15.0
+"""How long a stop waits for checkpoints that are on their way to the store."""
 
 GAP_CHECK_SECONDS = 5.0
 """How often, at least, the logs are looked through for gaps that stayed open too long."""
@@ -90,6 +93,8 @@ class Conductor:
         self._gathering = Gathering()
         self._between_cycles = asyncio.Lock()
         self._running = 0
+        self._publishing: dict[str, asyncio.Task[None]] = {}
+        """By run: the checkpoint that its turn has saved is on its way to the store. The run waits, others do not."""
         self._served_tokens: dict[str, float] = {}
         self._deaths: Counter[str] = Counter()
         self._doubtful: list[TrainingRun] = []
@@ -177,6 +182,11 @@ class Conductor:
             self._stopping = True
             self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        if self._publishing:
+            _, late = await asyncio.wait(self._publishing.values(), timeout=PUBLISH_SECONDS)
+            for task in late:  # it is saved again after the next start
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         await self.park_all()
 
     @property
@@ -197,7 +207,7 @@ class Conductor:
     def unfinished(self) -> Unfinished:
         """What a stop has to wait for."""
         unsaved = (run for run in self._runs.values() if run.unsaved_operations and run.resident(self._engine.handle))
-        return Unfinished(self._running, sum(1 for _ in unsaved))
+        return Unfinished(self._running + len(self._publishing), sum(1 for _ in unsaved))
 
     # ------------------------------------------------------------ the loop
 
@@ -266,9 +276,11 @@ class Conductor:
         has_one = (run for run in self._runs.values() if run.turn or run.order.peek(now))
         return {run.model_id for run in has_one if self._may_run(run, self._engine.info)}
 
-    @staticmethod
-    def _may_run(run: TrainingRun, info: BaseModelInfo | None) -> bool:
-        """Whether the engine's weights are those that the run was made on; to be unloaded, a run needs none."""
+    def _may_run(self, run: TrainingRun, info: BaseModelInfo | None) -> bool:
+        """Whether the run's turn is not running already, and the engine's weights are those that the run was made on;
+        to be unloaded, it needs none."""
+        if run.model_id in self._publishing:
+            return False
         return fits(run.record, info) or (run.turn is not None and run.turn.entry.kind == "unload_model")
 
     async def _gather(self) -> None:
@@ -316,16 +328,44 @@ class Conductor:
             self._deaths.update(run.turn.entry.request_id for run, _ in ready)
             raise
         times = Times(began, time.time(), engine.steps)
-        ended = [(run, result) for (run, _), result in zip(ready, results, strict=True)]
+        ended: list[tuple[TrainingRun, Result]] = []
         for (run, payload), result in zip(ready, results, strict=True):
             run.unsaved_bytes += len(payload)
             if isinstance(result, LoadOutput):
                 run.loaded_into(engine)
+            if isinstance(result, SaveOutput) and is_stored(result.folder):
+                task = asyncio.create_task(self._publish(run, result, times), name=f"publish {result.folder}")
+                self._publishing[run.model_id] = task
+            else:
+                ended.append((run, result))
         await _all(*(self._end(run, result, times) for run, result in ended))
         for run, result in ended:
             # A load should not be replayed for long: until a snapshot has passed it, its checkpoint's files are held.
             if isinstance(result, LoadOutput) or run.wants_snapshot(self._settings, time.monotonic()):
                 await run.snapshot(engine)
+
+    async def _publish(self, run: TrainingRun, saved: SaveOutput, times: Times) -> None:
+        """Put what a run's turn has saved into the store; then the turn has ended, and only then."""
+        turn = run.turn
+        try:
+            result: Result = saved
+            try:
+                await self._storage.publish(saved.folder)
+            except Unavailable as error:
+                why = f"the checkpoint was not saved: {error}. Nothing is left of it; save it again"
+                result = Failure(why, "server")
+            async with self._between_cycles:
+                if self._runs.get(run.model_id) is not run or run.turn is not turn:
+                    await self._storage.free(saved.folder)  # the run has ended meanwhile
+                    return
+                try:
+                    await self._end(run, result, times)
+                except Exception:
+                    log.exception("%s was published and not recorded; it is saved again", saved.folder)
+                    self._doubtful.append(run)
+        finally:
+            self._publishing.pop(run.model_id, None)
+            self._work.set()
 
     async def _prepared(self, run: TrainingRun, engine: EngineHandle) -> bytes | Failure:
         """As `_prepare`, but what is wrong with one run is that run's alone."""

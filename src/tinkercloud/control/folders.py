@@ -4,6 +4,7 @@ checkpoints/<run>/weights/<name>/<seq_id>          named training checkpoints
 checkpoints/<run>/sampler_weights/<name>/<seq_id>  named sampler checkpoints
 checkpoints/<run>/external_weights/<name>/<seq_id> exports for other programs
 checkpoints/.<run>/weights/<name>/<seq_id>         an import that no engine has opened yet
+cache/<run>/<segment>/<name>/<seq_id>              copies of checkpoints that lie in a store (`checkpoints_url`)
 samplers/<sampler>                                 ephemeral samplers
 snapshots/<run>/<seq_id>                           whole states of training runs, for recovery
 pins/<run>/<unique>                                checkpoints that a run's log loads, for as long as it may be replayed
@@ -25,8 +26,15 @@ CheckpointKind = Literal["training", "sampler", "external"]
 SAMPLERS = "samplers"
 """The folder of the ephemeral samplers."""
 
-TREES = ("checkpoints/*/*/*/*", f"{SAMPLERS}/*", "snapshots/*/*", "pins/*/*")
+CACHE = "cache"
+"""The folder of the copies of stored checkpoints: what a record names there is in the store, whether or not it is here
+too. What is in `checkpoints` is nowhere else."""
+
+KEPT_TREES = ("checkpoints/*/*/*/*", f"{SAMPLERS}/*", "snapshots/*/*", "pins/*/*")
 """Patterns of the folders that are each written by one operation, and go as a whole."""
+
+TREES = (*KEPT_TREES, f"{CACHE}/*/*/*/*")
+"""As `KEPT_TREES`, with those whose files are in a store."""
 
 _SEGMENTS: dict[CheckpointKind, str] = {
     "training": "weights",
@@ -41,12 +49,23 @@ def checkpoint_path(model_id: str, kind: CheckpointKind, name: str) -> str:
     return f"tinker://{model_id}/{_SEGMENTS[kind]}/{name}"
 
 
-def checkpoint_folder(model_id: str, kind: CheckpointKind, name: str, seq_id: int) -> str:
-    return f"{checkpoints_folder(model_id)}/{_SEGMENTS[kind]}/{name}/{seq_id}"
+def checkpoint_folder(model_id: str, kind: CheckpointKind, name: str, seq_id: int, *, stored: bool = False) -> str:
+    """`stored`: it is to be put into the store."""
+    return f"{checkpoints_folder(model_id, stored=stored)}/{_SEGMENTS[kind]}/{name}/{seq_id}"
 
 
-def checkpoints_folder(model_id: str) -> str:
-    return f"checkpoints/{_folder_name(model_id)}"
+def checkpoints_folder(model_id: str, *, stored: bool = False) -> str:
+    return f"{CACHE if stored else 'checkpoints'}/{_folder_name(model_id)}"
+
+
+def is_stored(folder: str) -> bool:
+    """Whether it is of a checkpoint in the store, and a folder of this name here its copy."""
+    return folder.startswith(f"{CACHE}/")
+
+
+def key_of(folder: str) -> str:
+    """What a stored checkpoint's folder is called in the store."""
+    return folder.removeprefix(f"{CACHE}/")
 
 
 def draft_of(model_id: str) -> str:
@@ -88,6 +107,11 @@ def session_of(folder: str) -> str:
     """The `session_part` of the folder of an operation; for an import something that is no session's."""
     run_or_sampler = folder.split("/")[1].lstrip(".")  # a draft begins with a dot
     return run_or_sampler.rsplit("_", 2)[0]
+
+
+def run_part(model_id: str) -> str:
+    """What a run is called in folders."""
+    return _folder_name(model_id)
 
 
 def session_part(session_id: str) -> str:

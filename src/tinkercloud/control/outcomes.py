@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from tinkercloud.control.folders import CheckpointKind, checkpoint_folder, checkpoint_path, sampler_folder
+from tinkercloud.control.folders import CheckpointKind, checkpoint_path, sampler_folder
 from tinkercloud.engine.types import Failure, LoadOutput, Result, SaveOutput
 from tinkercloud.ledger.records import (
     CheckpointRecord,
@@ -72,7 +72,7 @@ def conclude(entry: Entry, model: ModelRecord, result: Result) -> tuple[Outcome,
             return result, []
         case "create_model", _, _:
             return ModelCreated(model.model_id), []
-        case _, SaveOutput(), SaveDetails() as details:
+        case _, SaveOutput(), SaveDetails() as details:  # in the folder that was chosen when it was accepted
             checkpoint = CheckpointRecord(
                 path=checkpoint_path(model.model_id, details.kind, details.name),
                 model_id=model.model_id,
@@ -81,7 +81,7 @@ def conclude(entry: Entry, model: ModelRecord, result: Result) -> tuple[Outcome,
                 owner=model.owner,
                 base_model=model.base_model,
                 lora=model.lora,
-                folder=checkpoint_folder(model.model_id, details.kind, details.name, entry.seq_id),
+                folder=result.folder,
                 size_bytes=result.size_bytes,
                 created_at=now,
                 expires_at=None if details.ttl_seconds is None else now + details.ttl_seconds,

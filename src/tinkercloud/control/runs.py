@@ -218,7 +218,7 @@ class TrainingRuns:
             )
             save = SaveWeights(
                 model.model_id,
-                checkpoint_folder(model.model_id, details.kind, details.name, seq_id),
+                checkpoint_folder(model.model_id, details.kind, details.name, seq_id, stored=self._storage.has_store),
                 with_optimizer=kind == "training",
                 replace=True,  # what is there already a crash left: this very operation was run and not recorded
                 external=kind == "external",

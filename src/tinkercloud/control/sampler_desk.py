@@ -21,7 +21,7 @@ from tinkercloud.control.stability import is_recorded
 from tinkercloud.control.storage import Storage
 from tinkercloud.control.suspects import MAX_DEATHS, RETRY_SECONDS, SUSPECTS_TOGETHER
 from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, FindSample, OpenSampler, Place, Result
-from tinkercloud.errors import Unavailable
+from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.entries import CLIENT_SEQ_IDS
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import Entry, SamplerRecord
@@ -268,7 +268,11 @@ class SamplerDesk:
             del self._opened[sampler_id]
 
     async def _ask_to_open(self, engine: EngineHandle, sampler: SamplerRecord) -> Result:
-        weights = await self.inflight.of(sampler)  # nothing is awaited from here to the engine: none is newer
+        weights = await self.inflight.of(sampler)  # nobody else runs from here to the engine: none is newer
+        try:
+            await self._storage.bring(weights.folder)  # at once, but for a stored checkpoint's
+        except (NotFound, InvalidRequest) as error:
+            return Failure(f"{sampler.model_path} cannot be sampled from: {error}", "user")
         shared = sampler.follows or ""
         return await engine.ask(encode(OpenSampler(sampler.sampler_id, weights.folder, shared, sampler.owner)))
 

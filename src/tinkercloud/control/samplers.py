@@ -65,6 +65,8 @@ class Samplers:
         info = await self._models.info(base_model)
         if path is not None and (why := self._models.other_weights(checkpoint)) is not None:
             raise InvalidRequest(why)
+        if path is not None:
+            await self._checkpoints.bring(checkpoint)  # whoever cannot have it is told here, not by each sample
         await self._sessions.touch(session)
         record = SamplerRecord(
             sampler_id=f"{session.session_id}:sample:{seq_id}",

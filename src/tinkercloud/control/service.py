@@ -6,6 +6,7 @@ that must survive is on disk before a method returns. All raise `tinkercloud.err
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Coroutine
 from pathlib import Path
@@ -15,6 +16,8 @@ from tinkercloud.config import Settings, is_loopback
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.billing import Billing
+from tinkercloud.control.checkpoint_cache import CheckpointCache
+from tinkercloud.control.checkpoint_store import CheckpointStore, UnusableStore, id_of
 from tinkercloud.control.checkpoints import Checkpoints
 from tinkercloud.control.copies import Copies
 from tinkercloud.control.engines import OnProgress
@@ -47,7 +50,13 @@ class Service:
         self.keys = keys
         self._ledger = ledger
         self._arrivals = Arrivals()
-        self.storage = Storage(ledger, Path(settings.data_dir))
+        data_dir = Path(settings.data_dir)
+        self._cache: CheckpointCache | None = None
+        if settings.checkpoints_url is not None:
+            store = CheckpointStore(settings.checkpoints_url, id_of(data_dir))
+            self._cache = CheckpointCache(store, data_dir, int(settings.checkpoints_cache_bytes))
+        self.storage = Storage(ledger, data_dir, self._cache)
+        self._sweeping: asyncio.Task[None] | None = None
         inflight = InflightWeights(ledger)
         self.models = BaseModels(settings, ledger, self._arrivals, self.storage, inflight, on_progress)
         self._keeper = SamplerKeeper(ledger, self.models, self.storage, inflight, settings)
@@ -76,7 +85,7 @@ class Service:
     async def start(cls, settings: Settings, on_progress: OnProgress) -> Service:
         """Open the data directory, begin to load the base models, and take up what the last run left unfinished.
 
-        Raises NoKeys.
+        Raises NoKeys and UnusableStore.
         """
         ledger = await Ledger.open(
             settings.data_dir,
@@ -94,11 +103,17 @@ class Service:
                 "apart: make one first (`tinkercloud keys create NAME`), or listen on 127.0.0.1 and reach it through "
                 "an SSH tunnel (ssh -L 8000:127.0.0.1:8000 HOST)"
             )
-        service = cls(settings, ledger, keys, on_progress)
+        try:
+            service = cls(settings, ledger, keys, on_progress)
+        except UnusableStore:
+            await keys.close()
+            await ledger.close()
+            raise
         await _each(ledger.forgive(ledger.downtime), service.sessions.complete_ends(), service.storage.sweep())
         for model in settings.models:
             await service.models.serve(model)
         await service.models.serve_added()
+        service._sweeping = asyncio.create_task(service.storage.sweep_store(), name="sweep store")
         return service
 
     async def audit(self, record: AuditRecord) -> None:
@@ -120,12 +135,18 @@ class Service:
             self._keeper.drop_ended(now),
             self._keeper.keep_within_budget(),
             self.checkpoints.drop_expired(now),
+            self.storage.evict(),
         )
 
     async def stop(self) -> None:
         """Release waiting clients, finish the running cycles, put every run on disk, end the engines."""
         self.release()
         await self.models.stop()
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.gather(self._sweeping, return_exceptions=True)
+        if self._cache is not None:
+            await self._cache.close()
         await self.keys.close()
         await self._ledger.close()
 

@@ -13,34 +13,102 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from sqlalchemy.exc import SQLAlchemyError
+
+from tinkercloud.control.checkpoint_cache import CheckpointCache, left_over
+from tinkercloud.control.checkpoint_store import StoreUnavailable, UnusableStore
 from tinkercloud.control.folders import (
+    CACHE,
     TREES,
     is_import_draft,
+    is_stored,
+    key_of,
     pin_folder,
     pins_folder,
+    run_part,
     session_of,
     session_part,
     snapshots_folder,
 )
 from tinkercloud.control.inflight import newest_of
 from tinkercloud.control.outcomes import LoadDetails, details_of
-from tinkercloud.errors import NotFound, Unavailable
+from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.files import link_files
 from tinkercloud.ledger.ledger import Ledger
-from tinkercloud.ledger.records import CheckpointRecord, Entry, SamplerRecord, SessionRecord, SnapshotRecord
+from tinkercloud.ledger.records import (
+    CheckpointRecord,
+    Entry,
+    ModelRecord,
+    SamplerRecord,
+    SessionRecord,
+    SnapshotRecord,
+)
 
 log = logging.getLogger(__name__)
 
 
 class Storage:
-    """Holds and frees the folders of one data directory."""
+    """Holds and frees the folders of one data directory, and of its store if it has one."""
 
-    def __init__(self, ledger: Ledger, data_dir: Path):
+    def __init__(self, ledger: Ledger, data_dir: Path, cache: CheckpointCache | None = None):
+        """`cache`: of the store that new checkpoints go to."""
         self._ledger = ledger
         self._data_dir = data_dir
+        self._cache = cache
         self.lock = asyncio.Lock()
         """Held from the look at a checkpoint's record until its files are held too, and while a folder goes."""
         self._pinning: set[str] = set()
+
+    # ------------------------------------------------------------ what lies in a store
+
+    @property
+    def has_store(self) -> bool:
+        """Whether named checkpoints are to be published (`checkpoint_folder`'s `stored`)."""
+        return self._cache is not None
+
+    async def publish(self, folder: str) -> None:
+        """Put a checkpoint that was saved where it is to be kept; durable when this returns. Nothing is to be done for
+        one in the data directory. StoreUnavailable if it failed, and nothing is kept."""
+        if not is_stored(folder):
+            return
+        try:
+            if self._cache is None:
+                raise StoreUnavailable(_no_store(folder))
+            await self._cache.publish(folder)
+        except StoreUnavailable:
+            await self.remove(folder)
+            raise
+
+    async def bring(self, folder: str) -> None:
+        """Make sure that a folder's files are here, for some minutes at least. NotFound or InvalidRequest if its
+        checkpoint is gone or damaged in the store, StoreUnavailable."""
+        if is_stored(folder):
+            if self._cache is not None:
+                await self._cache.fetch(folder)
+            elif not (self._data_dir / folder).is_dir():
+                raise InvalidRequest(_no_store(folder))
+
+    async def evict(self) -> None:
+        """Remove copies of stored checkpoints for which there is no room."""
+        if self._cache is not None:
+            await self._cache.evict()
+
+    async def sweep_store(self) -> None:
+        """Remove what a crash left in the store that no record names. Beside everything else."""
+        if self._cache is None:
+            return
+        try:
+            keys = await self._cache.keys()
+            pending = {run_part(stream) for stream in await self._ledger.pending_streams()}
+            applied = {run_part(run.model_id): run.applied_seq for run in await self._ledger.find(ModelRecord)}
+            unnamed = left_over(keys, await self._named(), applied, pending)
+        except (StoreUnavailable, UnusableStore, SQLAlchemyError) as error:
+            log.warning("what a crash may have left in the store was not looked for: %s", error)
+            return
+        if unnamed:
+            log.info("%d checkpoints in the store that nothing names are removed, as a crash leaves them", len(unnamed))
+        for key in unnamed:
+            self._cache.discard(f"{CACHE}/{key}")
 
     # ------------------------------------------------------------ loads hold what they load
 
@@ -48,16 +116,12 @@ class Storage:
     async def pinned(self, model_id: str, checkpoint: CheckpointRecord) -> AsyncIterator[str]:
         """A folder with the checkpoint's files that stays, whatever becomes of the checkpoint, for as long as the log
         of `model_id` has a load that names it (`LoadDetails.pin`) and that a replay may run again. Record the load in
-        the body. NotFound if the checkpoint is gone, Unavailable if the disk is full."""
+        the body. NotFound if the checkpoint is gone, Unavailable if the disk is full or the store does not answer."""
         folder = pin_folder(model_id)
         self._pinning.add(folder)
         try:
-            async with self.lock:
-                current = await self._ledger.get(CheckpointRecord, checkpoint.path)
-                if current is None:
-                    raise NotFound(f"there is no checkpoint {checkpoint.path} any more; load another one")
-                source = self._data_dir / current.folder
-                await asyncio.to_thread(link_files, source, self._data_dir / folder, self._data_dir)
+            while (lacking := await self._pin(checkpoint.path, folder)) is not None:
+                await self.bring(lacking)
             yield folder
         except OSError as error:
             raise Unavailable(f"{checkpoint.path} cannot be held for loading: {error}") from error
@@ -66,6 +130,18 @@ class Storage:
             if not _cancelled():
                 self._pinning.discard(folder)
                 await self.unpin(model_id)
+
+    async def _pin(self, path: str, folder: str) -> str | None:
+        """Give a checkpoint's files a second place; its folder if that has to be brought first, None if it is done."""
+        async with self.lock:
+            current = await self._ledger.get(CheckpointRecord, path)
+            if current is None:
+                raise NotFound(f"there is no checkpoint {path} any more; load another one")
+            source = self._data_dir / current.folder
+            if is_stored(current.folder) and not source.is_dir():
+                return current.folder
+            await asyncio.to_thread(link_files, source, self._data_dir / folder, self._data_dir)
+            return None
 
     async def unpin(self, model_id: str) -> None:
         """Let go of the pins that no replay of this run needs any more."""
@@ -83,9 +159,11 @@ class Storage:
             named = await self._ledger.count(CheckpointRecord, folder=folder)
             if not named and not await self._ledger.count(SamplerRecord, folder=folder):
                 await asyncio.to_thread(self._remove, [folder])
+                if self._cache is not None and is_stored(folder):
+                    self._cache.discard(folder)
 
     async def remove(self, folder: str) -> None:
-        """Remove a folder that nothing reads any more, whatever record names it."""
+        """Remove a folder that nothing reads any more, whatever record names it; of a stored one the copy here."""
         await asyncio.to_thread(self._remove, [folder])
 
     async def forget(self, model_id: str) -> None:
@@ -98,15 +176,7 @@ class Storage:
 
         Folders of sessions that this ledger does not know are not touched: they are another ledger's.
         """
-        sessions = await self._ledger.find(SessionRecord)
-        named = named_folders(
-            sessions,
-            await self._ledger.find(CheckpointRecord),
-            await self._ledger.find(SnapshotRecord),
-            await self._ledger.find(SamplerRecord),
-            await self._ledger.replayable("load_weights"),
-            await self._ledger.pending_streams(),
-        )
+        sessions, named = await self._ledger.find(SessionRecord), await self._named()
         unnamed, others = await asyncio.to_thread(unnamed_folders, self._data_dir, named, sessions)
         if unnamed:
             log.info("%d folders that nothing names are removed, as a crash leaves them", len(unnamed))
@@ -115,13 +185,24 @@ class Storage:
         await asyncio.to_thread(self._remove, unnamed)
         await asyncio.to_thread(self._remove_empty)
 
+    async def _named(self) -> set[str]:
+        return named_folders(
+            await self._ledger.find(SessionRecord),
+            await self._ledger.find(CheckpointRecord),
+            await self._ledger.find(SnapshotRecord),
+            await self._ledger.find(SamplerRecord),
+            await self._ledger.replayable("load_weights"),
+            await self._ledger.pending_streams(),
+        )
+
     def _remove(self, folders: Iterable[str]) -> None:
         for folder in folders:
             shutil.rmtree(self._data_dir / folder, ignore_errors=True)
 
     def _remove_empty(self) -> None:
         """Remove the folders above those that went, where nothing is left in them. Only while no engine writes."""
-        for pattern in ("checkpoints/*/*/*", "checkpoints/*/*", "checkpoints/*", "snapshots/*", "pins/*"):
+        saved = [f"{tree}{below}" for tree in ("checkpoints", CACHE) for below in ("/*/*/*", "/*/*", "/*")]
+        for pattern in (*saved, "snapshots/*", "pins/*"):
             for folder in self._data_dir.glob(pattern):
                 if not any(folder.iterdir()):
                     folder.rmdir()
@@ -168,6 +249,13 @@ def unnamed_folders(data_dir: Path, named: set[str], sessions: list[SessionRecor
         is_ours = session_of(folder) in known or is_import_draft(folder)  # drafts are no ledger's
         (ours if is_ours else others).append(folder)
     return ours, others
+
+
+def _no_store(folder: str) -> str:
+    return (
+        f"the checkpoint {key_of(folder)} lies in a store, and this server has none now: whoever runs it can give the "
+        "checkpoints_url again that it was saved with"
+    )
 
 
 def _cancelled() -> bool:

@@ -9,6 +9,8 @@ from typing import NamedTuple, TypeVar
 
 from sqlalchemy import Connection
 
+from tinkercloud.control.checkpoint_store import CheckpointStore, StoreUnavailable
+from tinkercloud.control.folders import is_stored, key_of
 from tinkercloud.control.inflight import newest_of
 from tinkercloud.control.storage import named_folders, unnamed_folders
 from tinkercloud.engine.checksums import damage
@@ -36,14 +38,15 @@ class Problem(NamedTuple):
     """Whether something is gone that no server brings back by itself."""
 
 
-def problems(data_dir: Path, url: str | None = None) -> list[Problem]:
-    """Read everything in a data directory, changing nothing. Raises `NoLedger` and `DataDirInUse`."""
+def problems(data_dir: Path, url: str | None = None, store: CheckpointStore | None = None) -> list[Problem]:
+    """Read everything in a data directory, and what its checkpoints are in a store, changing nothing. Raises `NoLedger`
+    and `DataDirInUse`."""
     with opened(data_dir, url) as connection:
         return [
             *(Problem(f"ledger.db: {line}", BACKUP) for line in database_damage(connection)),
             *_blobs(connection, data_dir),
             *_snapshots(connection, data_dir),
-            *_weights(connection, data_dir),
+            *_weights(connection, data_dir, store),
             *_left_over(connection, data_dir),
         ]
 
@@ -75,7 +78,7 @@ def _snapshots(connection: Connection, data_dir: Path) -> Iterator[Problem]:
                 yield Problem(f"{snapshot.folder}: {wrong}", mend)
 
 
-def _weights(connection: Connection, data_dir: Path) -> Iterator[Problem]:
+def _weights(connection: Connection, data_dir: Path, store: CheckpointStore | None) -> Iterator[Problem]:
     """Checkpoints, samplers and pins."""
     folders = {checkpoint.folder: checkpoint.path for checkpoint in _all(connection, CheckpointRecord)}
     pending = set(entries.pending_streams(connection))
@@ -90,8 +93,32 @@ def _weights(connection: Connection, data_dir: Path) -> Iterator[Problem]:
         if pin := load.details.get("pin"):
             folders[pin] = f"what operation {load.request_id} loads"
     for folder, name in folders.items():
-        if (wrong := damage(data_dir / folder)) is not None:
+        if is_stored(folder):
+            yield from _stored(data_dir, folder, name, store)
+        elif (wrong := damage(data_dir / folder)) is not None:
             yield Problem(f"{folder} ({name}): {wrong}", BACKUP)
+
+
+def _stored(data_dir: Path, folder: str, name: str, store: CheckpointStore | None) -> Iterator[Problem]:
+    """Of one checkpoint in a store. Its copy here is one: what the disk did to that, a new one mends."""
+    copy = damage(data_dir / folder) if (data_dir / folder).is_dir() else "it is missing"
+    if store is None:
+        mend = "give --checkpoints-url, as the server has it"
+        yield Problem(f"{key_of(folder)} ({name}): it lies in a store, which was not looked at", mend, False)
+        return
+    try:
+        wrong = store.damage(key_of(folder))
+    except StoreUnavailable as error:
+        wrong = str(error)
+    if wrong is not None:
+        mend = (
+            f"copy {folder} there again, or restore it as the store can"
+            if copy is None
+            else "restore it as the store can"
+        )
+        yield Problem(f"{key_of(folder)} ({name}): {wrong}", mend)
+    elif copy not in (None, "it is missing"):
+        yield Problem(f"{folder} ({name}): {copy}", f"remove {folder}: the store has it as it was", False)
 
 
 def lacking(data_dir: Path) -> list[str]:
@@ -100,7 +127,7 @@ def lacking(data_dir: Path) -> list[str]:
         samplers = _all(connection, SamplerRecord)
         # Those of ephemeral samplers may go before their records.
         folders = _named(connection) - {sampler.folder for sampler in samplers if sampler.model_path is None}
-        missing = [folder for folder in sorted(folders) if not (data_dir / folder).is_dir()]
+        missing = [folder for folder in sorted(folders) if not (is_stored(folder) or (data_dir / folder).is_dir())]
         files = used_segments(connection, data_dir)
         return missing + [str(file.relative_to(data_dir)) for file in files if not file.is_file()]
 

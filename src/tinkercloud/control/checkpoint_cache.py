@@ -1,0 +1,161 @@
+"""Checkpoints that lie in a store: published there when they are saved, and copied here when somebody reads them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from tinkercloud.control.checkpoint_store import CheckpointStore, StoreUnavailable, UnusableStore
+from tinkercloud.control.folders import CACHE, is_stored, key_of
+from tinkercloud.errors import NotFound
+
+log = logging.getLogger(__name__)
+
+PAUSES = (1.0, 5.0, 15.0)
+"""Seconds before a publication that failed is tried again."""
+
+STREAMS = 4
+"""Checkpoints that are sent or fetched at a time."""
+
+IN_USE_SECONDS = 600.0
+"""What was used this recently is not evicted: somebody may be reading it."""
+
+STOP_SECONDS = 15.0
+"""How long a stop waits for what is on its way; the rest is sent again, or removed, after the next start."""
+
+T = TypeVar("T")
+
+
+class CheckpointCache:
+    """The copies, in `cache/` of one data directory. Folders are relative to that, as everywhere.
+
+    A folder that is there is whole. It may go when it was not used for a while: who reads it asks for it first.
+    """
+
+    def __init__(self, store: CheckpointStore, data_dir: Path, budget: int):
+        """`budget`: bytes that copies may take."""
+        self.store = store
+        self._data_dir = data_dir
+        self._budget = budget
+        self._threads = ThreadPoolExecutor(STREAMS, thread_name_prefix="checkpoint store")
+        self._fetching: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._publishing: set[str] = set()
+        self._used_at: dict[str, float] = {}
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def publish(self, folder: str) -> None:
+        """Put a folder into the store, durably. StoreUnavailable when it could not be done after some tries; then
+        nothing of it is left there, as soon as the store answers again."""
+        self._publishing.add(folder)
+        self.touch(folder)
+        try:
+            for pause in (*PAUSES, None):
+                try:
+                    await self._in_thread(lambda: self.store.put(self._data_dir / folder, key_of(folder)))
+                    return
+                except (StoreUnavailable, NotFound, UnusableStore) as error:
+                    if pause is None or isinstance(error, UnusableStore):
+                        self.discard(folder)
+                        raise StoreUnavailable(str(error)) from error
+                    log.warning("%s was not published (%s); it is tried again in %g s", folder, error, pause)
+                await asyncio.sleep(pause)
+        finally:
+            self._publishing.discard(folder)
+
+    async def fetch(self, folder: str) -> None:
+        """Make sure that a folder's copy is here. NotFound, InvalidRequest, StoreUnavailable."""
+        self.touch(folder)
+        place = self._data_dir / folder
+        async with self._fetching[folder]:
+            try:
+                if not place.is_dir():
+                    await self._in_thread(lambda: self.store.get(key_of(folder), place))
+            finally:
+                self._fetching.pop(folder, None)
+
+    def touch(self, folder: str) -> None:
+        """Somebody is about to read it."""
+        self._used_at[folder] = time.time()
+
+    def discard(self, folder: str) -> None:
+        """Remove a folder from the store, in the background: nobody waits for it, and what a crash leaves of it the
+        next start removes. The copy here is the caller's to remove."""
+        task = asyncio.create_task(self._discard(folder), name=f"discard {folder}")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _discard(self, folder: str) -> None:
+        try:
+            await self._in_thread(lambda: self.store.remove(key_of(folder)))
+        except (StoreUnavailable, NotFound, UnusableStore) as error:
+            log.warning("%s is not needed any more and stays in the store until the next start: %s", folder, error)
+
+    async def keys(self) -> set[str]:
+        """What the store has. StoreUnavailable, UnusableStore if it is another data directory's."""
+        await self._in_thread(self.store.claim)
+        return await self._in_thread(self.store.keys)
+
+    async def evict(self) -> None:
+        """Remove copies until they fit into the budget, the least recently used first."""
+        there = await asyncio.to_thread(self._measure)
+        over = sum(size for size, _ in there.values()) - self._budget
+        latest = time.time() - IN_USE_SECONDS
+        used_at = {folder: self._used_at.get(folder, written) for folder, (_, written) in there.items()}
+        self._used_at = {folder: used for folder, used in self._used_at.items() if used > latest or folder in there}
+        for folder in sorted(there, key=used_at.__getitem__):
+            if over <= 0 or used_at[folder] > latest:
+                return
+            if folder not in self._publishing and self._used_at.get(folder, 0) <= latest:
+                over -= there[folder][0]
+                await asyncio.to_thread(self._remove, folder)
+
+    def _measure(self) -> dict[str, tuple[int, float]]:
+        """(bytes, when it was written) of each copy that is here."""
+        found = {}
+        for path in self._data_dir.glob(f"{CACHE}/*/*/*/[!.]*"):
+            with suppress(FileNotFoundError):  # it goes just now
+                size = sum(file.stat().st_size for file in path.iterdir())
+                found[path.relative_to(self._data_dir).as_posix()] = (size, path.stat().st_mtime)
+        return found
+
+    def _remove(self, folder: str) -> None:
+        """Out of sight at once: nobody must find half of it."""
+        place = self._data_dir / folder
+        gone = place.with_name(f".{place.name}.evicted")
+        if place.is_dir():
+            place.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+    async def close(self) -> None:
+        """Wait a moment for what is on its way."""
+        if self._background:
+            await asyncio.wait(self._background, timeout=STOP_SECONDS)
+        for task in self._background:
+            task.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def left_over(keys: Iterable[str], named: set[str], applied: dict[str, int], pending: set[str]) -> list[str]:
+    """Which of a store's keys a crash has left: those of known runs (`applied`: the newest seq_id that has ended, by
+    run) that no folder in `named` is, and whose operation has ended. Of `pending` runs none: their saves run again.
+
+    What is of later operations than the ledger knows of is not touched: the ledger was restored from a backup.
+    """
+    unnamed = set(keys) - {key_of(folder) for folder in named if is_stored(folder)}
+    found = []
+    for key in unnamed:
+        run, seq_id = key.split("/")[0], key.split("/")[-1]
+        if run not in pending and seq_id.isdigit() and int(seq_id) <= applied.get(run, -1):
+            found.append(key)
+    return sorted(found)
