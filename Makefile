@@ -9,7 +9,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := -m pip install -qq --disable-pip-version-check
+# Python compiles what it imports; pip would compile all that torch comes with: 20 s in each environment.
+INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 # Idle OpenMP threads that spin take the cores from the server's other processes.
 export OMP_WAIT_POLICY := passive
 

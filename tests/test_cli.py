@@ -43,6 +43,11 @@ def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def in_process(*arguments: str) -> Result:
+    """The same command without a process of its own, where only what it prints is looked at."""
+    return CliRunner().invoke(app, arguments)
+
+
 def test_help_does_not_load_torch():
     code = (
         "import sys, tinkercloud.cli.app\n"
@@ -292,7 +297,7 @@ OF_128_MIB = {"num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_h
 )
 def test_doctor_counts_memory_as_the_engine_takes_it(tmp_path, options, config, needed):
     model = model_of(tmp_path / "m", 100 * 2**20, **config)
-    done = run("doctor", "--port", "0", "--device", "cpu", "--model", model, *options)
+    done = in_process("doctor", "--port", "0", "--device", "cpu", "--model", model, *options)
     assert f"about {needed:,} MiB needed\n" in done.stdout
 
 
@@ -304,14 +309,14 @@ def test_doctor_counts_what_is_quantised(tmp_path, quantization, needed):
     names = ("self_attn.q_proj.weight", "mlp.shared_expert.up_proj.weight", "self_attn.q_proj.bias")
     names = tuple(f"model.layers.0.{name}" for name in (*names, "mlp.experts.0.up_proj.weight"))
     model = model_of(tmp_path / "m", 64 * 2**20, (*names, "lm_head.weight", "model.embed_tokens.weight"))
-    done = run("doctor", "--port", "0", "--device", "cpu", "--model", f"{model},quantization={quantization}")
+    done = in_process("doctor", "--port", "0", "--device", "cpu", "--model", f"{model},quantization={quantization}")
     assert f"about {sum(NANO_MIB) + needed:,} MiB needed\n" in done.stdout
     assert ("✓ bitsandbytes" in done.stdout) == (quantization != "none")
 
 
 def test_doctor_counts_a_models_own_settings(tmp_path):
     models = [f"{model_of(tmp_path / name, 2**20)},kv_cache_bytes={size}MiB" for name, size in (("a", 1), ("b", 2))]
-    done = run("doctor", "--port", "0", "--device", "cpu", "--model", models[0], "--model", models[1])
+    done = in_process("doctor", "--port", "0", "--device", "cpu", "--model", models[0], "--model", models[1])
     assert f"about {2 * (512 + 64 + 4) + 1 + 2:,} MiB needed\n" in done.stdout
 
 

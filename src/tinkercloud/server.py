@@ -18,7 +18,6 @@ sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 import uvicorn
 
 from tinkercloud.api import tokens
-from tinkercloud.api.app import create_app
 from tinkercloud.config import Settings, is_loopback, server_url
 from tinkercloud.control.checkpoint_store import UnusableStore
 from tinkercloud.control.conductor import Unfinished
@@ -84,6 +83,8 @@ async def _serve(
         raise StartError(
             f"the data folder cannot be used: {where}: {error.strerror}; give another --data-dir"
         ) from None
+    from tinkercloud.api.app import create_app  # its imports take half a second, in which the engines begin theirs
+
     config = uvicorn.Config(
         create_app(service, settings),
         log_config=None,

@@ -5,7 +5,6 @@ import threading
 
 import httpx
 import psutil
-import pytest
 import tinker
 from tinker import types
 
@@ -36,21 +35,16 @@ def train(url: str, at_step=lambda step: None) -> list[float]:
     return seen
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    with Server(tmp_path_factory.mktemp("calm") / "data") as server:
-        return train(server.url)
-
-
-def test_a_script_outlives_its_server_on_postgresql(tmp_path, undisturbed, postgresql):
-    with Server(tmp_path / "data", "--set", f"database_url={postgresql.database()}") as server:
+def test_a_script_outlives_its_server_on_postgresql(tmp_path, server, postgresql):
+    undisturbed = train(server.url)
+    with Server(tmp_path / "data", "--set", f"database_url={postgresql.database()}") as disturbed:
 
         def interrupt(step):
             if step in (3, 9):
-                server.stop() if step == 3 else server.kill()
-                threading.Thread(target=server.start).start()
+                disturbed.stop() if step == 3 else disturbed.kill()
+                threading.Thread(target=disturbed.start).start()
 
-        assert train(server.url, interrupt) == undisturbed
+        assert train(disturbed.url, interrupt) == undisturbed
 
 
 def test_engines_do_not_outlive_a_killed_server(tmp_path):

@@ -68,7 +68,7 @@ def test_polls_are_held(server, run):
     assert waiting.result(PATIENCE).metrics
 
 
-LONG = [datum(*(number % 2000 for number in range(1024))) for _ in range(12)]
+LONG = [datum(*(number % 2000 for number in range(1024))) for _ in range(6)]
 
 
 def test_signs_of_life_while_a_large_batch_runs(run):

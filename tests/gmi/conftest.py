@@ -29,6 +29,7 @@ def run(tmp_path_factory) -> Run:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A server whose model has the quickstart's name."""
-    with Server(tmp_path_factory.mktemp("gmi") / "data", "--model", f"{MODEL}={nano.FOLDER}") as running:
+    """A server of the embedded model, also under the name that the quickstart has."""
+    models = ("--model", f"{MODEL}={nano.FOLDER}", "--model", "tinkercloud/nano")
+    with Server(tmp_path_factory.mktemp("gmi") / "data", *models) as running:
         yield running

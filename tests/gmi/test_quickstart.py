@@ -5,7 +5,6 @@ import re
 import pytest
 
 from tests.programs import ROOT, run_python
-from tests.serving import Server
 
 COMPLETE_EXAMPLE = """
 import asyncio
@@ -204,10 +203,9 @@ def test_steps_and_tips(printed):
     assert float(off) < 1e-4  # the trainer gives what the sampler gave
 
 
-def test_the_example_of_the_readme_trains_and_samples(tmp_path):
+def test_the_example_of_the_readme_trains_and_samples(server, tmp_path):
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "clients/tinker_gmi/README.md").read_text(), re.DOTALL)
-    with Server(tmp_path / "data") as server:
-        done = run_python(".venv-quickstart", "-c", example.replace("http://localhost:8000", server.url), cwd=tmp_path)
+    done = run_python(".venv-quickstart", "-c", example.replace("http://localhost:8000", server.url), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     *steps, text = done.stdout.splitlines()
     assert len(steps) == 20 and text == " On the moon."

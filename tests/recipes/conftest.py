@@ -36,7 +36,7 @@ def server(home, offline):
         yield running
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe(home, offline, server) -> Recipe:
     """Runs a recipe of the cookbook with the official SDK; the rows of its metrics."""
 

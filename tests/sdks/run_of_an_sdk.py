@@ -101,7 +101,7 @@ print(
             "resumed": resumed,
             "samples": samples,
             "base_model": rest.get_training_run(run_id).result().base_model,
-            "in_runs": run_id in [r.training_run_id for r in rest.list_training_runs(limit=10).result().training_runs],
+            "in_runs": run_id in [r.training_run_id for r in rest.list_training_runs(limit=50).result().training_runs],
             "checkpoints": sorted([c.checkpoint_type, c.checkpoint_id] for c in listed),
             "rank": rest.get_weights_info_by_tinker_path(path).result().lora_rank,
         }
