@@ -11,9 +11,9 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.engine.precision import rounded
+from tests.engine.precision import DTYPE, rounded
 from tinkercloud.engine.types import Datum
 
 
@@ -27,6 +27,12 @@ def load_peft(folder: Path, adapter_folder: Path, trainable: bool = False) -> Pe
     return PeftModel.from_pretrained(load_plain(folder), adapter_folder, is_trainable=trainable).eval()
 
 
+def load_alike(folder: Path, adapter_folder: Path | None) -> PreTrainedModel:
+    """The model, with an adapter if there is a folder of one, in the type of the engine's."""
+    model = load_peft(folder, adapter_folder) if adapter_folder else load_plain(folder)
+    return model.to(getattr(torch, DTYPE))
+
+
 def new_peft(folder: Path, **config) -> PeftModel:
     """A PEFT adapter with nothing at zero."""
     model = get_peft_model(load_plain(folder), PeftConfig(task_type="CAUSAL_LM", **config)).eval()
@@ -38,7 +44,7 @@ def new_peft(folder: Path, **config) -> PeftModel:
 
 
 def logits(model, tokens: np.ndarray) -> Tensor:
-    return model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None]).logits[0]
+    return model(input_ids=torch.from_numpy(tokens.astype(np.int64))[None]).logits[0].float()
 
 
 def target_logprobs(model, datum: Datum) -> Tensor:

@@ -20,7 +20,7 @@ from transformers import (
 from tests.engine import reference
 from tests.engine.examples import VOCAB, forward_backward, run, shaken
 from tests.engine.families.conftest import every_day
-from tests.engine.precision import EXACT, assert_logprobs
+from tests.engine.precision import EXACT, REGRET, assert_as_near, assert_logprobs
 from tinkercloud.engine.torch import batching
 from tinkercloud.engine.torch.sampler import TorchSampler
 from tinkercloud.engine.torch.trainer import TorchTrainer
@@ -30,6 +30,7 @@ from tinkercloud.engine.types import (
     EngineOptions,
     OpenSampler,
     Sample,
+    SampledSequence,
     SampleOutput,
     SamplingParams,
     SaveWeights,
@@ -77,6 +78,12 @@ def plain_of(model_folder, adapters_of):
         return models[family, name]
 
     return of
+
+
+@pytest.fixture
+def alike_of(family, model_folder, adapters):
+    """name of an adapter or "base" -> the model of transformers, with PEFT, in the sampler's type"""
+    return lambda name: reference.load_alike(model_folder(family), adapters[1].get(name))
 
 
 @pytest.fixture
@@ -150,13 +157,31 @@ def _processors(params: SamplingParams) -> LogitsProcessorList:
     return LogitsProcessorList([*own, _Draw(params.seed)])
 
 
-def _assert_nearly_greedy(model, prompt: np.ndarray, drawn: np.ndarray) -> None:
-    """In bfloat16, the likeliest tokens but for what rounding takes for one."""
-    tokens = np.concatenate([prompt, drawn])
-    with torch.no_grad():
-        rows = reference.logits(model, tokens)[len(prompt) - 1 : -1].log_softmax(-1)
-    chosen = rows.gather(1, torch.from_numpy(drawn.astype(np.int64))[:, None])[:, 0]
-    assert_logprobs(chosen, rows.amax(-1))
+class Greed:
+    """In bfloat16, what greedy samples are: their tokens are the likeliest but for what rounding takes for one, and
+    their log-probabilities as near to float32's as transformers' are, which reads the same tokens."""
+
+    def __init__(self) -> None:
+        self._logprobs: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._regrets: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, exact, alike, prompt: np.ndarray, sequence: SampledSequence) -> None:
+        """One sample; the model that drew it in float32, and in the sampler's type."""
+        tokens = np.concatenate([prompt, sequence.tokens])
+        with torch.no_grad():
+            rows, theirs = (
+                reference.logits(model, tokens)[len(prompt) - 1 : -1].log_softmax(-1) for model in (exact, alike)
+            )
+        drawn = torch.from_numpy(sequence.tokens.astype(np.int64))[:, None]
+        own = rows.gather(1, drawn)[:, 0]
+        self._logprobs.append((torch.from_numpy(sequence.logprobs), theirs.gather(1, drawn)[:, 0], own))
+        best = rows.amax(-1)
+        self._regrets.append((best - own, best - rows.gather(1, theirs.argmax(-1)[:, None])[:, 0]))
+
+    def check(self) -> None:
+        assert_as_near(*(torch.cat(side) for side in zip(*self._logprobs, strict=True)))
+        ours, theirs = (torch.cat(side).mean().item() for side in zip(*self._regrets, strict=True))
+        assert ours <= theirs + REGRET
 
 
 GREEDY = SamplingParams(max_tokens=8, seed=0, temperature=0.0)
@@ -164,23 +189,24 @@ SEEDED = SamplingParams(max_tokens=8, seed=0, temperature=0.8, top_k=20, top_p=0
 
 
 @pytest.mark.device
-def test_greedy_is_generate_while_sequences_join_and_leave(family, sampler_of, plain_of):
-    _assert_generated(_requests(GREEDY), sampler_of(), plain_of, family)
+def test_greedy_is_generate_while_sequences_join_and_leave(family, sampler_of, plain_of, alike_of):
+    _assert_generated(_requests(GREEDY), sampler_of(), plain_of, alike_of, family)
 
 
 @pytest.mark.parametrize("family", every_day("qwen3", "gpt_oss", "deepseek_v3", "qwen3_5"))
-def test_seeded_draws_are_generates_with_the_same_numbers(family, sampler_of, plain_of):
-    _assert_generated(_requests(SEEDED), sampler_of(), plain_of, family)
+def test_seeded_draws_are_generates_with_the_same_numbers(family, sampler_of, plain_of, alike_of):
+    _assert_generated(_requests(SEEDED), sampler_of(), plain_of, alike_of, family)
 
 
-def _assert_generated(requests: list[Sample], sampler: TorchSampler, plain_of, family: str) -> None:
-    results = _run(sampler, requests)
+def _assert_generated(requests: list[Sample], sampler: TorchSampler, plain_of, alike_of, family: str) -> None:
+    results, greed = _run(sampler, requests), Greed()
     for name, group in itertools.groupby(requests, key=lambda request: request.sampler_id):
         model = plain_of(family, name)
+        alike = None if EXACT else alike_of(name)
         for request in group:
             (sequence,) = results[request.request_id].sequences
             if not EXACT:
-                _assert_nearly_greedy(model, request.prompt, sequence.tokens)
+                greed.add(model, alike, request.prompt, sequence)
                 continue
             prompt = torch.from_numpy(request.prompt.astype(np.int64))[None]
             expected = model.generate(
@@ -193,6 +219,8 @@ def _assert_generated(requests: list[Sample], sampler: TorchSampler, plain_of, f
                 eos_token_id=-1,
             )
             assert sequence.tokens.tolist() == expected[0, len(request.prompt) :].tolist()
+    if not EXACT:
+        greed.check()
 
 
 @pytest.mark.device
