@@ -13,6 +13,8 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -62,7 +64,7 @@ def test_every_command_has_help():
     assert top.returncode == 0
     for command in ("serve", "demo", "doctor", "fsck", "keys", "models", "checkpoints", "sessions", "version"):
         assert command in top.stdout
-        assert run(command, "--help").returncode == 0
+        assert in_process(command, "--help").exit_code == 0
 
 
 def test_version_names_what_a_report_needs():
@@ -104,39 +106,48 @@ def test_keys_are_made_listed_and_revoked(tmp_path):
         assert said in str(keys(*arguments).exception)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("serve", "--model", "a=/no/such/folder"), "there is no folder '/no/such/folder'"),
-        (("serve", "--set", "prot=3"), "did you mean 'port'"),
-        (("serve", "--set", "port"), "write it as SETTING=VALUE"),
-        (("serve", "--config", "/no/such.toml"), "does not exist"),
-        (("serve", "--config", "/tmp"), "/tmp is a folder"),
-        (
-            ("serve", "--port", "0", "--data-dir", "/proc/x"),
-            "/proc/x: No such file or directory; give another --data-dir",
-        ),
-        (("serve", "--port", "0", "--data-dir", "/etc/passwd"), "/etc/passwd: File exists; give another --data-dir"),
-        (("serve", "--log-file", "/proc/x.log"), "/proc/x.log: No such file or directory; give another --log-file"),
-        (("fsck", "/"), "/ has no ledger.db: give the data directory of a server"),
-        (("serve", "--port", "0", "--set", "database_url=nonsense"), "write sqlite:////absolute/path/ledger.db"),
-        (("serve", "--port", "0", "--set", "database_url=postgresql://u:p@h:port/d"), "write sqlite:////absolute/path"),
-        (("serve", "--port", "0", "--set", "database_url=sqlite://"), "in memory, which no stop would survive"),
-        (("serve", "--port", "0", "--set", "database_url=sqlite:////nope/x.db"), "/nope/x.db cannot be used: unable"),
-        (("serve", "--port", "0", "--set", "database_url=oracle+none://h/d"), "write sqlite:////absolute/path"),
-        (
-            ("serve", "--port", "0", "--set", "database_url=mysql+pymysql://h/d"),
-            "pip install 'pymysql', or write sqlite",
-        ),
-        (("checkpoints", "import", "/"), "has no adapter_config.json"),
-        (("models", "list", "--url", "http://127.0.0.1:1"), "no server answers at http://127.0.0.1:1"),
-        (("models", "list", "--url", "nonsense"), "no server answers at nonsense"),
-        (("models", "list", "--url", "http://[::1]:1"), "no server answers at http://[::1]:1"),
-        (("models", "list", "--url", "http://[::1:1"), "no server answers at http://[::1:1"),
-    ],
-)
-def test_a_mistake_is_one_line(arguments, said, tmp_path):
-    done = run(*arguments, XDG_DATA_HOME=str(tmp_path))
+MISTAKES = [
+    (("serve", "--model", "a=/no/such/folder"), "there is no folder '/no/such/folder'"),
+    (("serve", "--set", "prot=3"), "did you mean 'port'"),
+    (("serve", "--set", "port"), "write it as SETTING=VALUE"),
+    (("serve", "--config", "/no/such.toml"), "does not exist"),
+    (("serve", "--config", "/tmp"), "/tmp is a folder"),
+    (
+        ("serve", "--port", "0", "--data-dir", "/proc/x"),
+        "/proc/x: No such file or directory; give another --data-dir",
+    ),
+    (("serve", "--port", "0", "--data-dir", "/etc/passwd"), "/etc/passwd: File exists; give another --data-dir"),
+    (("serve", "--log-file", "/proc/x.log"), "/proc/x.log: No such file or directory; give another --log-file"),
+    (("fsck", "/"), "/ has no ledger.db: give the data directory of a server"),
+    (("serve", "--port", "0", "--set", "database_url=nonsense"), "write sqlite:////absolute/path/ledger.db"),
+    (("serve", "--port", "0", "--set", "database_url=postgresql://u:p@h:port/d"), "write sqlite:////absolute/path"),
+    (("serve", "--port", "0", "--set", "database_url=sqlite://"), "in memory, which no stop would survive"),
+    (("serve", "--port", "0", "--set", "database_url=sqlite:////nope/x.db"), "/nope/x.db cannot be used: unable"),
+    (("serve", "--port", "0", "--set", "database_url=oracle+none://h/d"), "write sqlite:////absolute/path"),
+    (
+        ("serve", "--port", "0", "--set", "database_url=mysql+pymysql://h/d"),
+        "pip install 'pymysql', or write sqlite",
+    ),
+    (("checkpoints", "import", "/"), "has no adapter_config.json"),
+    (("models", "list", "--url", "http://127.0.0.1:1"), "no server answers at http://127.0.0.1:1"),
+    (("models", "list", "--url", "nonsense"), "no server answers at nonsense"),
+    (("models", "list", "--url", "http://[::1]:1"), "no server answers at http://[::1]:1"),
+    (("models", "list", "--url", "http://[::1:1"), "no server answers at http://[::1:1"),
+]
+"""Of those who type a command: its arguments, and what it says of them."""
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory) -> Iterator[dict[tuple[str, ...], Future[subprocess.CompletedProcess[str]]]]:
+    """All of them, some at a time."""
+    home = str(tmp_path_factory.mktemp("home"))
+    with ThreadPoolExecutor(4) as pool:
+        yield {arguments: pool.submit(run, *arguments, XDG_DATA_HOME=home) for arguments, _ in MISTAKES}
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES)
+def test_a_mistake_is_one_line(arguments, said, mistaken):
+    done = mistaken[arguments].result()
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
