@@ -36,9 +36,11 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = data_dir.with_suffix(".log")
         self.process: subprocess.Popen[bytes] | None = None
+        self.prefix: tuple[str, ...] = ()
+        """A command that starts it as its own process, such as in another namespace."""
 
     def start(self, wait: bool = True) -> Server:
-        command = [sys.executable, "-m", "tinkercloud", "serve", "--port", str(self.port)]
+        command = [*self.prefix, sys.executable, "-m", "tinkercloud", "serve", "--port", str(self.port)]
         command += ["--data-dir", str(self.data_dir), *self.options]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self.environ)

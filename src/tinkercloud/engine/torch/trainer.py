@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from tinkercloud.engine.torch.adapter import Adapter, layout_of
 from tinkercloud.engine.torch.adapter_store import AdapterStore
@@ -240,4 +241,10 @@ def _failure(operation: TrainOperation, error: Exception) -> Failure:
     if isinstance(error, OperationError):
         return Failure(str(error), "user")
     log.error("%s of %s failed", type(operation).__name__, operation.model_id, exc_info=error)
+    if isinstance(operation, SaveWeights) and isinstance(error, OSError | SafetensorError):
+        return Failure(
+            f"the weights could not be written, and nothing is left of them ({error}); the training run goes on: save "
+            "them again when the server's disk has room or is mended",
+            "server",
+        )
     return Failure(f"{type(operation).__name__} failed in the engine: {type(error).__name__}: {error}", "server")
