@@ -9,7 +9,7 @@ import pytest
 from tests.control.conftest import NANO, OWNER, Client, kill_engine
 from tinkercloud.control.inflight import InflightWeights
 from tinkercloud.control.verify import problems
-from tinkercloud.engine.types import Sample, SampleOutput, SamplingParams
+from tinkercloud.engine.types import Failure, Sample, SampleOutput, SamplingParams
 from tinkercloud.errors import Ended, NotFound
 from tinkercloud.ledger.records import SessionRecord
 
@@ -105,6 +105,40 @@ def test_new_weights_are_opened_when_all_places_are_in_use(shared, monkeypatch):
         await asyncio.gather(*desk._publishing)
         assert newest.sampler_id in desk._opened and not (data / first.folder).exists()
         assert isinstance(await Client._finished(service, running), SampleOutput)
+
+    shared(story)
+
+
+def test_weights_that_cannot_be_opened_are_nobody_elses(shared, monkeypatch):
+    """The others go on with those before, also when they are opened anew, until a save gives all of them others."""
+
+    async def story(service):
+        desk, data = service.models.get(NANO).desk, service._keeper._data_dir
+        client = await Client.create(service)
+        await client.steps(1)
+        first = await saved(client, 0)
+        before = await drawn(service, first)
+        publish = desk.publish
+
+        def damaged(sampler, replaced):
+            (whole,) = (data / sampler.folder).glob("*.safetensors")
+            whole.rename(whole.with_suffix(".away"))
+            publish(sampler, replaced)
+
+        await client.steps(1)
+        with monkeypatch.context() as patch:
+            patch.setattr(desk, "publish", damaged)
+            second = await saved(client, 1)
+        refused = await Client._finished(service, await sample(service, second, 1))
+        assert isinstance(refused, Failure) and "no adapter_model.safetensors" in refused.error
+        await desk.close(first.sampler_id)
+        assert await drawn(service, first) == before
+        (away,) = (data / second.folder).glob("*.away")
+        away.rename(away.with_suffix(".safetensors"))
+        assert await drawn(service, second) == await drawn(service, first) != before, "they can be opened again"
+        await client.steps(1)
+        third = await saved(client, 2)
+        assert await drawn(service, first) == await drawn(service, second) == await drawn(service, third)
 
     shared(story)
 

@@ -2,6 +2,9 @@
 
 Each save makes a sampler of its own, whose record names the run that it follows; the record with the highest version is
 the run's newest, and its folder has the weights of all of them. So there is nothing to keep but the records.
+
+Weights that cannot be opened are nobody's but their own sampler's, until they can: the run's others go on with those
+before, which are as new as the saves that made them promised.
 """
 
 from __future__ import annotations
@@ -22,19 +25,35 @@ class InflightWeights:
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
         self._newest: LRU[SamplerRecord] = LRU(RUNS)
+        self._unreadable: LRU[str] = LRU(RUNS)
+        """Folders of weights that could not be opened."""
 
     async def of(self, sampler: SamplerRecord) -> SamplerRecord:
         """The sampler whose folder has this one's weights: itself, or of an inflight one its run's newest."""
         if sampler.follows is None:
             return sampler
-        return await self.newest(sampler.follows) or sampler
+        newest = await self.newest(sampler.follows)
+        return sampler if newest is None or newest.version < sampler.version else newest
 
     async def newest(self, model_id: str) -> SamplerRecord | None:
-        """A run's newest inflight sampler; None if it never had one."""
+        """A run's newest inflight sampler whose weights can be opened; None if there is none."""
         if self._newest.get(model_id) is None:
-            for known in newest_of(await self._ledger.find(SamplerRecord, follows=model_id)):
+            samplers = await self._ledger.find(SamplerRecord, follows=model_id)
+            for known in newest_of(one for one in samplers if self._unreadable.get(one.folder) is None):
                 self.publish(known)
         return self._newest.get(model_id)
+
+    def cannot_open(self, weights: SamplerRecord) -> None:
+        """Its weights cannot be opened, so they are not its run's."""
+        assert weights.follows is not None
+        self._unreadable.put(weights.folder, weights.folder)
+        self._newest.drop(weights.follows)
+
+    def opened(self, weights: SamplerRecord) -> None:
+        """Its weights are open: they are its run's again if they could not be opened before."""
+        if weights.follows is not None:
+            self._unreadable.drop(weights.folder)
+            self.publish(weights)
 
     async def leave(self, sampler: SamplerRecord) -> bool:
         """An inflight sampler is about to be removed from the ledger: if it has its run's weights, another one that

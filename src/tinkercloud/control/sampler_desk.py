@@ -156,9 +156,8 @@ class SamplerDesk:
         except Exception:
             log.exception("inflight weights of %s could not be opened; the next sample opens them", sampler.follows)
             return
-        if isinstance(opened, Failure):  # those before are still good for something
-            log.error("inflight weights of %s cannot be sampled from: %s", sampler.follows, opened.error)
-            return
+        if isinstance(opened, Failure):
+            return  # those before are the run's still
         for folder in replaced:
             await self._storage.remove(folder)
 
@@ -268,13 +267,22 @@ class SamplerDesk:
             del self._opened[sampler_id]
 
     async def _ask_to_open(self, engine: EngineHandle, sampler: SamplerRecord) -> Result:
-        weights = await self.inflight.of(sampler)  # nobody else runs from here to the engine: none is newer
-        try:
-            await self._storage.bring(weights.folder)  # at once, but for a stored checkpoint's
-        except (NotFound, InvalidRequest) as error:
-            return Failure(f"{sampler.model_path} cannot be sampled from: {error}", "user")
-        shared = sampler.follows or ""
-        return await engine.ask(encode(OpenSampler(sampler.sampler_id, weights.folder, shared, sampler.owner)))
+        while True:
+            weights = await self.inflight.of(sampler)  # nobody else runs from here to the engine: none is newer
+            try:
+                await self._storage.bring(weights.folder)  # at once, but for a stored checkpoint's
+            except (NotFound, InvalidRequest) as error:
+                return Failure(f"{sampler.model_path} cannot be sampled from: {error}", "user")
+            shared = sampler.follows or ""
+            opened = await engine.ask(encode(OpenSampler(sampler.sampler_id, weights.folder, shared, sampler.owner)))
+            if not isinstance(opened, Failure):
+                self.inflight.opened(weights)
+                return opened
+            if sampler.follows is not None:
+                log.error("inflight weights of %s cannot be sampled from: %s", sampler.follows, opened.error)
+                self.inflight.cannot_open(weights)
+            if weights.sampler_id == sampler.sampler_id:
+                return opened
 
     async def _close_unused(self, spared: str) -> None:
         for sampler_id in list(self._opened):
