@@ -32,6 +32,14 @@ def assert_near(got: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
     torch.testing.assert_close(got.double(), expected, atol=tolerance * expected.abs().max().item(), rtol=0)
 
 
+@pytest.fixture
+def threads():
+    """Sets how many torch has, for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_rms_norm(width):
     x, weight = numbers(ROWS, width), numbers(width)
@@ -84,26 +92,33 @@ def test_add_low_rank(width, rank):
         assert torch.equal(own, got[rows])
 
 
-def _attended(rows: list[int], positions: list[int], **options) -> Tensor:
+def _attended(owners: list[int], positions: list[int], heads: int = 6, **options) -> Tensor:
     """Of a cache that six sequences share, in scattered pages: heads of other sizes for keys and values."""
-    heads, kv_heads, key_dim, value_dim, pages = 6, 2, 24, 40, 9
+    kv_heads, key_dim, value_dim, pages = 2, 24, 40, 9
     memory = torch.full((6 * pages, 16, kv_heads, key_dim + value_dim), math.nan)
     tables = torch.randperm(6 * pages, generator=torch.Generator().manual_seed(0)).view(6, pages)
     for sequence in range(6):
         slots = (tables[sequence, :, None] * 16 + torch.arange(16)).flatten()
         write(memory, slots, numbers(9 * 16, kv_heads, key_dim) + sequence, numbers(9 * 16, kv_heads, value_dim))
-    query, output = numbers(6, heads + kv_heads, key_dim)[:, :heads], torch.zeros(6, heads, value_dim)
+    queries = numbers(6, 9 * 16, heads + kv_heads, key_dim)[owners, positions, :heads]
+    output = torch.zeros(len(owners), heads, value_dim)
     defaults = {"scaling": 0.2, "sliding_window": None, "softcap": None, "sinks": None}
-    at = torch.tensor(positions)
-    attended(query, memory, torch.tensor(rows), tables[rows], at[:, None], output, **{**defaults, **options})
-    return output[rows]
+    attended(queries, memory, torch.tensor(owners), tables, torch.tensor(positions), output, **{**defaults, **options})
+    return output
 
 
-def test_attended_rows_do_not_depend_on_each_other():
-    together = _attended([0, 1, 2, 3, 4, 5], [143, 0, 17, 15, 16, 99])
+@pytest.mark.parametrize("heads", [2, 6, 10])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 2}, {"sliding_window": 19}], ids=str)
+def test_attended_rows_do_not_depend_on_each_other(heads, options, threads):
+    """Neither single ones of several sequences, nor neighbours, which go through their keys together."""
+    threads(2)
+    owners, positions = [0, 1, 2, 3, 4, 5] + [2] * 12, [143, 0, 17, 15, 16, 99, *range(12)]
+    together = _attended(owners, positions, heads, **options)
     assert together.isfinite().all()
-    assert torch.equal(_attended([2, 5], [17, 99]), together[[2, 5]])
-    assert torch.equal(_attended([1], [0])[0], numbers(9 * 16, 2, 40)[0].repeat_interleave(3, dim=0))
+    for rows in ([2, 5], [1], list(range(7, 15)), [8, 9], [17]):
+        alone = _attended([owners[row] for row in rows], [positions[row] for row in rows], heads, **options)
+        assert torch.equal(alone, together[rows])
+    assert torch.equal(together[1], numbers(9 * 16, 2, 40)[0].repeat_interleave(heads // 2, dim=0))
 
 
 @pytest.mark.parametrize("form", [drawn, _drawn], ids=["kernel", "torch"])
@@ -123,14 +138,6 @@ def test_drawn(vocab, form):
     alone = logits[1:2].clone()
     token, _ = form(alone, temperatures[1:2], uniforms[1:2])
     assert token == tokens[1] and torch.equal(alone[0], own[1])
-
-
-@pytest.fixture
-def threads():
-    """Sets how many torch has, for this test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

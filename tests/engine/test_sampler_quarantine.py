@@ -16,10 +16,11 @@ POISON = 13
 
 @contextmanager
 def checking(base_model, check, at_the_end: bool = False):
-    """Let `check(token ids)` raise in the middle of qwen3's forward, when the first layer has written its keys, or when
-    the numbers that draw the next tokens have been taken."""
+    """Let `check(token ids)` raise in the middle of qwen3's forward, when keys have been written (the first
+    layer's, or all where there are whole steps), or when the numbers that draw the next tokens have been taken."""
     model = base_model("qwen3")
     layers, hidden_states, second = model._lean._layers, model.hidden_states, model._lean._layers[1]
+    step = model._lean.step
     tokens = []
 
     def note(token_ids, *others, **named):
@@ -30,16 +31,21 @@ def checking(base_model, check, at_the_end: bool = False):
         check(tokens[-1])
         return second(*inputs, **named)
 
+    def check_step(*inputs):
+        hidden = step(*inputs)
+        check(tokens[-1])
+        return hidden
+
     model.hidden_states = note
     if at_the_end:
         hook = model.unembedding.register_forward_pre_hook(lambda _, __: check(tokens[-1]))
     else:
-        layers[1] = check_first
+        layers[1], model._lean.step = check_first, step and check_step
     try:
         yield
     finally:
         del model.hidden_states
-        layers[1] = second
+        layers[1], model._lean.step = second, step
         if at_the_end:
             hook.remove()
 

@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 
 from tinkercloud.engine.torch.attention import Attention
 from tinkercloud.engine.torch.decoder_layer import DecoderLayer
+from tinkercloud.engine.torch.decoder_step import DecoderStep
+from tinkercloud.engine.torch.in_place_attention import InPlaceAttention
+from tinkercloud.engine.torch.kernels.products import have_products
 from tinkercloud.engine.torch.lora import LoraBatch
 from tinkercloud.engine.torch.quantized import is_quantized
 from tinkercloud.engine.torch.rms_norm import RMSNorm
@@ -39,6 +42,8 @@ class Decoder:
             for index, layer in enumerate(decoder.layers)
         ]
         self._norm = RMSNorm(decoder.norm.weight, decoder.norm.variance_epsilon)
+        self.step = DecoderStep(self._layers, self._norm) if have_products(self._embeddings) else None
+        """For sampling through a cache, where the kernel of whole steps is the faster one."""
 
     def __call__(
         self,
@@ -57,6 +62,8 @@ class Decoder:
         if torch.is_grad_enabled():
             return _Pass.apply(anchor, self, tokens, rotation, attention, lora, recompute)
         x = embedding(tokens, self._embeddings)
+        if self.step is not None and isinstance(attention, InPlaceAttention):
+            return self.step(x, rotation, attention, lora)
         for layer in self._layers:
             x, _ = layer(x, rotation, attention, lora, training=False)
         return self._norm(x)

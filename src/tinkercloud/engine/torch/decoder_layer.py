@@ -17,6 +17,7 @@ from tinkercloud.engine.torch.attention import Attention
 from tinkercloud.engine.torch.fused_linear import FusedLinear, Inner
 from tinkercloud.engine.torch.kernels.backward import gated_backward
 from tinkercloud.engine.torch.kernels.compiled import have_kernels
+from tinkercloud.engine.torch.kernels.decoder_step import StepLayer
 from tinkercloud.engine.torch.kernels.rows import gated
 from tinkercloud.engine.torch.lora import LoraBatch
 from tinkercloud.engine.torch.rms_norm import RMSNorm
@@ -43,7 +44,7 @@ class DecoderLayer:
 
     def __init__(self, layer: nn.Module, index: int, head_dim: int, sliding_window: int | None) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self._index, self._head_dim, self._sliding_window = index, head_dim, sliding_window
+        self._index, self.head_dim, self._sliding_window = index, head_dim, sliding_window
         self._scaling = attention.scaling
         self._qkv = FusedLinear([attention.q_proj, attention.k_proj, attention.v_proj])
         self._output = FusedLinear([attention.o_proj])
@@ -56,6 +57,27 @@ class DecoderLayer:
         if hasattr(attention, "q_norm"):
             weights = [attention.q_norm.weight] * self._heads + [attention.k_norm.weight] * self._kv_heads
             self._head_norm = RMSNorm(torch.stack(weights), attention.q_norm.variance_epsilon)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """How many of queries, and of keys."""
+        return self._heads, self._kv_heads
+
+    @property
+    def groups(self) -> tuple[int, int, int, int]:
+        """Of its products, as adapters number them."""
+        return self._qkv.group, self._output.group, self._gate_up.group, self._down.group
+
+    def step_layer(self) -> StepLayer:
+        """Its weights, as the kernel of whole sampling steps wants them."""
+        products = (self._qkv, self._output, self._gate_up, self._down)
+        head_norm = self._head_norm
+        return StepLayer(
+            self._attention_norm.weight, None if head_norm is None else head_norm.weight, self._mlp_norm.weight,
+            tuple(product.weight for product in products), tuple(product.bias for product in products),
+            self._attention_norm.eps, 0.0 if head_norm is None else head_norm.eps, self._mlp_norm.eps,
+            self._scaling, self._sliding_window,
+        )  # fmt: skip
 
     def __call__(
         self, x: Tensor, rotation: Rotation, attention: Attention, lora: LoraBatch, training: bool
@@ -99,7 +121,7 @@ class DecoderLayer:
 
     def _attention_inputs(self, projected: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [1, Hq, T, D], keys and values [1, Hkv, T, D]."""
-        heads = projected.view(len(projected), -1, self._head_dim)
+        heads = projected.view(len(projected), -1, self.head_dim)
         by_head = (
             rotation.of_heads(projected, self._heads + self._kv_heads, self._head_norm).transpose(0, 1).unsqueeze(0)
         )

@@ -23,49 +23,49 @@ class FusedLinear:
 
     def __init__(self, layers: Sequence[LoraLinear]) -> None:
         """Takes the layers' weights over; they must all have a bias, or none of them."""
-        self._group = layers[0].group
+        self.group = layers[0].group
         weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
         self.sizes = [layer.out_features for layer in layers]
         if len(layers) == 1:
-            self._weight, self._bias = weights[0], biases[0]
+            self.weight, self.bias = weights[0], biases[0]
         else:
-            self._weight = torch.cat(weights)
-            self._bias = None if biases[0] is None else torch.cat(biases)
+            self.weight = torch.cat(weights)
+            self.bias = None if biases[0] is None else torch.cat(biases)
             first = 0
-            for layer, part in zip(layers, self._weight.split(self.sizes), strict=True):
+            for layer, part in zip(layers, self.weight.split(self.sizes), strict=True):
                 layer.weight = nn.Parameter(part, requires_grad=False)
-                layer.group, layer.first_column, layer.is_fused = self._group, first, True
+                layer.group, layer.first_column, layer.is_fused = self.group, first, True
                 first += layer.out_features
-        self._weight_t = self._weight.t()
+        self._weight_t = self.weight.t()
 
     def __call__(self, x: Tensor, lora: LoraBatch) -> tuple[Tensor, Inner]:
         """The output, and what `backward` wants to know."""
-        output = frozen_product(x, self._weight, self._bias, lora)
+        output = frozen_product(x, self.weight, self.bias, lora)
         return output, self._add_lora(x, lora, output)
 
     def added_to(self, residual: Tensor, x: Tensor, lora: LoraBatch) -> tuple[Tensor, Inner]:
         """residual [T, out] + the output of x."""
         if lora.is_sampled:
-            output = frozen_product(x, self._weight, self._bias, lora).add_(residual)
+            output = frozen_product(x, self.weight, self.bias, lora).add_(residual)
             return output, self._add_lora(x, lora, output)
         output = torch.addmm(residual, x, self._weight_t)
-        if self._bias is not None:
-            output += self._bias
+        if self.bias is not None:
+            output += self.bias
         return output, self._add_lora(x, lora, output)
 
     def backward(
         self, x: Tensor, inner: Inner, lora: LoraBatch, d_output: Tensor, input_wanted: bool = True
     ) -> Tensor | None:
         """The input's gradient [T, in], if it is wanted, of the output's [T, out]; adds the adapters' own."""
-        d_input = d_output @ self._weight if input_wanted else None
+        d_input = d_output @ self.weight if input_wanted else None
         if have_products(x):
-            lora.low_rank(self._group).backward(x.contiguous(), *inner, d_output.contiguous(), d_input)
+            lora.low_rank(self.group).backward(x.contiguous(), *inner, d_output.contiguous(), d_input)
             return d_input
         for segment, low in zip(lora, inner, strict=True):
             if low is None:
                 continue
-            stack, scale = segment.weights.pairs.stacks[self._group], segment.weights.scale
-            gradient = None if segment.gradient is None else segment.gradient.stacks[self._group]
+            stack, scale = segment.weights.pairs.stacks[self.group], segment.weights.scale
+            gradient = None if segment.gradient is None else segment.gradient.stacks[self.group]
             start, rows = segment.start, segment.end - segment.start
             d_out, d_low = d_output.narrow(0, start, rows), torch.empty_like(low)
             for place, (column, columns, row, b, b_t) in enumerate(stack.bs):
@@ -82,14 +82,14 @@ class FusedLinear:
     def _add_lora(self, x: Tensor, lora: LoraBatch, output: Tensor) -> Inner:
         """Add the adapters' part to `output` in place."""
         if lora.is_sampled and have_kernels(x):
-            add_sampled(self._group, lora, x, output)
+            add_sampled(self.group, lora, x, output)
             return []
         if have_products(x):
-            return [lora.low_rank(self._group).forward(x.contiguous(), output)]
+            return [lora.low_rank(self.group).forward(x.contiguous(), output)]
         inner: list[Tensor | None] = []
         total = len(x)
         for weights, start, end, _, _ in lora:
-            stack = weights.pairs.stacks.get(self._group)
+            stack = weights.pairs.stacks.get(self.group)
             if stack is None:
                 inner.append(None)
                 continue

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tinkercloud.engine.torch.kernels import paged
 from tinkercloud.engine.torch.kernels.compiled import kernels_for
+from tinkercloud.engine.torch.kernels.decoder_step import StepRows
 
 PAGE_TOKENS = 16
 """Tokens in one page."""
@@ -71,6 +72,8 @@ class KVCache:
             memory[PAD_PAGE].zero_()
         self.has_kernels = kernels_for(dtype, device) and all(shape.value_dim for shape in layers.values())
         """Whether it can `attend`."""
+        self.addresses = torch.tensor([self._memory[layer].data_ptr() for layer in sorted(layers)])
+        """int64 [layers]: of each one's memory."""
         self._references = [0] * (num_pages + 1)
         self._empty = list(range(num_pages, 0, -1))
         self._kept: set[int] = set()
@@ -182,17 +185,15 @@ class KVCache:
         self,
         layer: int,
         query: Tensor,
-        rows: Tensor,
-        tables: Tensor,
-        positions: Tensor,
+        rows: StepRows,
         output: Tensor,
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
         sinks: Tensor | None,
     ) -> None:
-        """Single queries at positions [n, 1] over the tokens up to theirs, where those are; see `paged.attended`."""
+        """Queries over the tokens up to theirs, where those are; see `paged.attended`."""
         paged.attended(
-            query, self._memory[layer], rows, tables, positions, output,
+            query, self._memory[layer], rows.owners, rows.tables, rows.positions, output,
             scaling=scaling, sliding_window=sliding_window, softcap=softcap, sinks=sinks,
         )  # fmt: skip

@@ -60,6 +60,25 @@ class Factors(list[Pair | None]):
         """`stacks`: the same matrices by `LoraLinear.group`, for groups of which at least one layer is adapted."""
         super().__init__(pairs)
         self.stacks = stacks
+        self._table: Tensor | None = None
+
+    @property
+    def most_ranks(self) -> int:
+        """Rows of the largest stack's A."""
+        return max((len(stack.a) for stack in self.stacks.values()), default=0)
+
+    def table(self, groups: Sequence[int]) -> Tensor:
+        """int64 [groups, 4]: of each group's stack the addresses of its A and its places, and how many rows A has and
+        how many B's there are; zeros where there is none. Always of the same groups: it is made once."""
+        if self._table is None:
+            stacks = map(self.stacks.get, groups)
+            self._table = torch.tensor(
+                [
+                    [stack.a.data_ptr(), stack.places.data_ptr(), len(stack.a), len(stack.bs)] if stack else [0] * 4
+                    for stack in stacks
+                ]
+            )
+        return self._table
 
 
 class AdapterWeights(NamedTuple):

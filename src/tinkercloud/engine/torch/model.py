@@ -198,8 +198,10 @@ class BaseModel:
 
     def filling(self, rows: int) -> int:
         """How many rows a sampling step of so many lacks, for the same reason as `row_multiple`. The lean decoder works
-        row by row, and only its products ask for more."""
-        return -rows % self.row_multiple if self._lean is None else max(0, LEAST_ROWS - rows)
+        row by row, and only its products ask for more, those that are not its step's own."""
+        if self._lean is None:
+            return -rows % self.row_multiple
+        return 0 if self._lean.step is not None else max(0, LEAST_ROWS - rows)
 
     def _batch_of(self, lora: LoraBatch) -> LoraBatch:
         """As this model's linear layers see it. transformers' modules sample with the products that they train with:

@@ -1,14 +1,16 @@
 """Attention of one sampling step: every sequence's new tokens over all its tokens, through the paged cache.
 
+Where the cache has kernels there is `in_place_attention`; this is for all others.
+
 What a row's numbers are depends on its own sequence and its place there alone, to the bit, so that nothing shows in
 them of what was cached before, where a prompt was cut, who shares the step, or whether the sequence was interrupted:
 
 - Rows of a prompt attend in tiles, [0, TILE), [TILE, 2 TILE), ... of their sequence, each over the keys up to its end.
   A tile has the same shape whichever of its rows a step has; in place of the others there are zeros.
 - Rows of drawn tokens attend alone: one of each of several sequences, or, when a sequence was interrupted, many of
-  its tokens, as if one by one. Where their pages are (`kernels.paged`) or, where there are no kernels, in a few batches
-  of similar length, so that a short one does not pay for a long one: `scaled_dot_product_attention` gives one query
-  the same bits in any batch, with any masked padding of the keys.
+  its tokens, as if one by one. They do so in a few batches of similar length, so that a short one does not pay for a
+  long one: `scaled_dot_product_attention` gives one query the same bits in any batch, with any masked padding of the
+  keys.
 
 Rows behind the sequences' only fill the step (`BaseModel.filling`): they attend to nothing and are not kept.
 """
@@ -24,7 +26,7 @@ from torch import Tensor
 from tinkercloud.engine.torch.attention import Scan, dense_attention, with_sink_column
 from tinkercloud.engine.torch.decode_window import CacheRows, DecodeWindow, DecodeWindows, page_tables
 from tinkercloud.engine.torch.kv_cache import PAD_PAGE, PAGE_TOKENS, KVCache, pages_for
-from tinkercloud.engine.torch.state_cache import StateCache
+from tinkercloud.engine.torch.state_cache import StateCache, StepStates
 
 TILE = 32
 """Tokens in a tile, whole pages. Small ones waste little on prompts of which few rows are new, large ones take fewer
@@ -50,21 +52,6 @@ class _Block(NamedTuple):
     tables: Tensor | None
     """int64 [B, P], or [1, P] if they are the same for all; None where there is a window."""
     window: DecodeWindow | None
-
-    def in_place(self, cache: KVCache) -> bool:
-        """Whether the cache attends by itself: single queries, where there are kernels."""
-        return cache.has_kernels and self.shape[1] == 1
-
-
-class _Scanned(NamedTuple):
-    """Sequences that linear attention scans together."""
-
-    shape: tuple[int, int]
-    """(sequences, new tokens of each)"""
-    rows: Tensor
-    """int64 [n], into the step's rows."""
-    slots: Tensor
-    """int64 [sequences]: of the state cache."""
 
 
 class _TileRows(NamedTuple):
@@ -93,8 +80,7 @@ class PagedAttention:
     ) -> None:
         """`windows` are of the same cache, and are brought forward by this step; `states` are those of models with
         linear attention."""
-        self._cache, self._states = cache, states
-        self._device = device
+        self._cache, self._device = cache, device
         slots: list[int] = []
         tiles: dict[int, list[_TileRows]] = {}
         decoding: dict[int, list[tuple[int, CacheRows]]] = {}
@@ -110,9 +96,6 @@ class PagedAttention:
                     begin, stop = max(start, tile * TILE), min(end, (tile + 1) * TILE)
                     rows = _TileRows(sequence.pages, first + begin - start, begin - tile * TILE, stop - begin)
                     tiles.setdefault(tile, []).append(rows)
-            elif cache.has_kernels:
-                rows = [sequence._replace(start=position, count=1) for position in range(start, end)]
-                decoding.setdefault(0, []).extend(enumerate(rows, first))
             elif sequence.count == 1:
                 bucket = (pages_for(end) - 1).bit_length()
                 decoding.setdefault(bucket, []).append((first, sequence))
@@ -124,10 +107,10 @@ class PagedAttention:
                 self._blocks.append(self._tiles(tile, members[begin : begin + together]))
         firsts = [[first for first, _ in block] for block in decoding.values()]
         members = [[sequence for _, sequence in block] for block in decoding.values()]
-        found = [None] * len(members) if windows is None or cache.has_kernels else windows.step(members)
+        found = [None] * len(members) if windows is None else windows.step(members)
         self._blocks += [self._decoding(*block) for block in zip(firsts, members, found, strict=True)]
         self._slots = self._tensor(slots)
-        self._scanned = [] if states is None else self._scanned_of(step)
+        self._states = None if states is None else StepStates(states, step, device)
         self._masks: dict[tuple[int, int, int | None, bool, bool], Tensor] = {}
 
     def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
@@ -167,23 +150,6 @@ class PagedAttention:
             None,
         )
 
-    def _scanned_of(self, step: Sequence[CacheRows]) -> list[_Scanned]:
-        """Sequences with one new token together, others by themselves."""
-        groups: list[_Scanned] = []
-        single: list[tuple[int, int]] = []
-        first = 0
-        for sequence in step:
-            if sequence.count == 1 and not sequence.prefill:
-                single.append((first, sequence.slot))
-            else:
-                rows = torch.arange(first, first + sequence.count, device=self._device)
-                groups.append(_Scanned((1, sequence.count), rows, self._tensor([sequence.slot])))
-            first += sequence.count
-        if single:
-            rows, slots = zip(*single, strict=True)
-            groups.append(_Scanned((len(single), 1), self._tensor(rows), self._tensor(slots)))
-        return groups
-
     def __call__(
         self,
         layer: int,
@@ -200,17 +166,11 @@ class PagedAttention:
         query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
         rows = len(self._slots)
         self._cache.write(layer, self._slots, key[:rows], value[:rows])
-        if len(self._blocks) == 1 and rows == len(query) and not self._blocks[0].in_place(self._cache):
+        if len(self._blocks) == 1 and rows == len(query):
             return self._attend(layer, 0, query, key, value, scaling, sliding_window, softcap, sinks)[None]
         output = query.new_empty(*query.shape[:2], value.shape[-1])
         output[rows:] = 0
         for index, block in enumerate(self._blocks):
-            if block.in_place(self._cache):
-                self._cache.attend(
-                    layer, query, block.rows, block.tables, block.positions, output,
-                    scaling, sliding_window, softcap, sinks,
-                )  # fmt: skip
-                continue
             own = (part.index_select(0, block.rows) for part in (query, key, value))
             attended = self._attend(layer, index, *own, scaling, sliding_window, softcap, sinks)
             output.index_copy_(0, block.rows, attended)
@@ -218,15 +178,8 @@ class PagedAttention:
 
     def scan(self, layer: int, rows: tuple[Tensor, ...], scan: Scan) -> Tensor:
         """See `attention.Attention`; each sequence goes on from its state, and leaves the new one there."""
-        outputs = []
-        for group in self._scanned:
-            own = tuple(part.index_select(0, group.rows).unflatten(0, group.shape) for part in rows)
-            output, state = scan(own, self._states.read(layer, group.slots))
-            self._states.write(layer, group.slots, state)
-            outputs.append(output.flatten(0, 1))
-        order = torch.cat([group.rows for group in self._scanned])
-        joined = torch.cat(outputs)
-        return joined.new_zeros(len(rows[0]), *joined.shape[1:]).index_copy_(0, order, joined)
+        assert self._states is not None
+        return self._states.scan(layer, rows, scan)
 
     def _attend(
         self,

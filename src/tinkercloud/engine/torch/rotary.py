@@ -23,6 +23,12 @@ class Rotation:
         self._cos = torch.cat((cos, cos), dim=1).unsqueeze(1).to(dtype)
         self._sin = sin.unsqueeze(1).to(dtype)
 
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, D / 2]."""
+        sin = self._sin[:, 0]
+        return self._cos[:, 0, : sin.shape[1]], sin
+
     def of_heads(self, projected: Tensor, count: int, norm: RMSNorm | None) -> Tensor:
         """The first `count` heads [T, count, D] of rows [T, ...], normalised if there is a norm, and rotated."""
         if have_kernels(projected):

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from tinkercloud.engine.torch.adapter import frozen_weights
+from tinkercloud.engine.torch.attention import Attention
 from tinkercloud.engine.torch.batching import ContinuousBatch, Turn
 from tinkercloud.engine.torch.checkpoints import read_adapter
 from tinkercloud.engine.torch.decode_window import CacheRows, DecodeWindows
+from tinkercloud.engine.torch.in_place_attention import InPlaceAttention
 from tinkercloud.engine.torch.kernels.compiled import kernels_for
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, pages_for
 from tinkercloud.engine.torch.lora import AdapterWeights, LoraBatch, SampledLora, Segment
@@ -271,7 +273,11 @@ class TorchSampler:
             CacheRows(sequence.pages, sequence.cached, count, sequence.slot, prefill=not sequence.holds_prompt)
             for sequence, count in turns
         ]
-        attention = PagedAttention(self._cache, step, device, self._windows, self._states)
+        attention: Attention
+        if self._cache.has_kernels:
+            attention = InPlaceAttention(self._cache, step, self._states)
+        else:
+            attention = PagedAttention(self._cache, step, device, self._windows, self._states)
         hidden = self._model.hidden_states(
             torch.tensor(tokens + filling, device=device),
             torch.tensor(positions + filling, device=device),

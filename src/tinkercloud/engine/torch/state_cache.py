@@ -6,11 +6,14 @@ pages can; and a sequence that was preempted computes it again from the first to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from tinkercloud.engine.torch.attention import State
+from tinkercloud.engine.torch.attention import Scan, State
+from tinkercloud.engine.torch.decode_window import CacheRows
 
 
 class StateCache:
@@ -54,3 +57,46 @@ class StateCache:
 def state_bytes(layers: Mapping[int, State]) -> int:
     """Bytes of one slot."""
     return sum(part.numel() * part.itemsize for state in layers.values() for part in state)
+
+
+class _Scanned(NamedTuple):
+    """Sequences that linear attention scans together."""
+
+    shape: tuple[int, int]
+    """(sequences, new tokens of each)"""
+    rows: Tensor
+    """int64 [n], into the step's rows."""
+    slots: Tensor
+    """int64 [sequences]: of the state cache."""
+
+
+class StepStates:
+    """The states of one step's sequences: those with one new token go on together, others by themselves."""
+
+    def __init__(self, cache: StateCache, step: Sequence[CacheRows], device: torch.device) -> None:
+        self._cache = cache
+        self._groups: list[_Scanned] = []
+        single: list[tuple[int, int]] = []
+        first = 0
+        for sequence in step:
+            if sequence.count == 1 and not sequence.prefill:
+                single.append((first, sequence.slot))
+            else:
+                rows = torch.arange(first, first + sequence.count, device=device)
+                self._groups.append(_Scanned((1, sequence.count), rows, torch.tensor([sequence.slot], device=device)))
+            first += sequence.count
+        if single:
+            rows, slots = (torch.tensor(numbers, device=device) for numbers in zip(*single, strict=True))
+            self._groups.append(_Scanned((len(single), 1), rows, slots))
+
+    def scan(self, layer: int, rows: tuple[Tensor, ...], scan: Scan) -> Tensor:
+        """See `attention.Attention`; each sequence goes on from its state, and leaves the new one there."""
+        outputs = []
+        for group in self._groups:
+            own = tuple(part.index_select(0, group.rows).unflatten(0, group.shape) for part in rows)
+            output, state = scan(own, self._cache.read(layer, group.slots))
+            self._cache.write(layer, group.slots, state)
+            outputs.append(output.flatten(0, 1))
+        order = torch.cat([group.rows for group in self._groups])
+        joined = torch.cat(outputs)
+        return joined.new_zeros(len(rows[0]), *joined.shape[1:]).index_copy_(0, order, joined)

@@ -9,7 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from tinkercloud.engine.torch.kernels.compiled import kernel
+from tinkercloud.engine.torch.kernels.compiled import NUMBERS, next_part, shared
 from tinkercloud.engine.torch.kernels.vectors import (
     LANES,
     add,
@@ -42,10 +42,10 @@ def drawn(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tenso
     assert logits.is_contiguous() and temperatures.is_contiguous() and uniforms.is_contiguous()
     rows, vocab = logits.shape
     tokens, normalizers = torch.empty(rows, dtype=torch.int64), torch.empty(rows, 1, dtype=torch.float64)
-    sums, scratch = torch.empty(-(-vocab // BLOCK), dtype=torch.float64), torch.empty(BLOCK)
+    sums, scratch = torch.empty(rows, -(-vocab // BLOCK), dtype=torch.float64), torch.empty(rows, BLOCK)
     _drawn(
         logits.data_ptr(), temperatures.data_ptr(), uniforms.data_ptr(), tokens.data_ptr(), normalizers.data_ptr(),
-        sums.data_ptr(), scratch.data_ptr(), rows, vocab, len(sums),
+        sums.data_ptr(), scratch.data_ptr(), rows, vocab, sums.shape[1],
     )  # fmt: skip
     return tokens, normalizers
 
@@ -69,61 +69,66 @@ def _last_weights(logits, i, left, top, scale, scratch):
         store_part(scratch, lane, exp(own), left - lane)
 
 
-@kernel("void(int64,int64,int64,int64,int64,int64,int64,int64,int64,int64)")
-def _drawn(
-    logits_at, temperatures_at, uniforms_at, tokens_at, normalizers_at, sums_at, scratch_at, rows, vocab, blocks
-):  # fmt: skip
-    logits, temperatures, uniforms = floats(logits_at), floats(temperatures_at), doubles(uniforms_at)
-    tokens, normalizers, sums = ints(tokens_at), doubles(normalizers_at), doubles(sums_at)
-    scratch = floats(scratch_at)
-    zero = splat(np.float32(0))
-    for row in range(rows):
-        first, temperature = row * vocab, temperatures[row]
-        most = splat(np.float32(-np.inf))
-        for i in range(0, vocab - LANES + 1, LANES):
-            most = maximum(load(logits, first + i), most)
-        top = largest(most)
-        for i in range(vocab // LANES * LANES, vocab):
-            top = max(top, logits[first + i])
-        if temperature == 0:
-            tokens[row] = 0
-            for i in range(vocab):
-                if logits[first + i] == top:
-                    tokens[row] = i
-                    break
-        scale = np.float32(1) if temperature == 0 else temperature
-        whole = 0.0
-        for block in range(blocks):
-            weights_0 = weights_1 = weights_2 = weights_3 = zero
-            i, left = first + block * BLOCK, vocab - block * BLOCK
-            if left >= BLOCK:
-                weights_0 = _weights(logits, i, top, scale)
-                weights_1 = _weights(logits, i + LANES, top, scale)
-                weights_2 = _weights(logits, i + 2 * LANES, top, scale)
-                weights_3 = _weights(logits, i + 3 * LANES, top, scale)
-            else:
-                _last_weights(logits, i, left, top, scale, scratch)
-                weights_0, weights_1 = load(scratch, 0), load(scratch, LANES)
-                weights_2, weights_3 = load(scratch, 2 * LANES), load(scratch, 3 * LANES)
-            own = np.float64(total(add(add(weights_0, weights_1), add(weights_2, weights_3))))
-            sums[block] = own
-            whole += own
-        normalizers[row] = math.log(whole)
-        if temperature == 0:
-            continue
-        share, before, block = uniforms[row] * whole, 0.0, 0
-        while block < blocks - 1 and before + sums[block] <= share:
-            before += sums[block]
-            block += 1
-        i, count = first + block * BLOCK, min(BLOCK, vocab - block * BLOCK)
-        for lane in range(0, count, LANES):
-            store(scratch, lane, exp(part(logits, i + lane, count - lane)))
-        # Rounding may lift the share to the sum of the block: past that there is no id, so the last possible one is it.
-        token = 0
-        for place in range(count):
-            if scratch[place] > 0:
-                token = place
-                before += np.float64(scratch[place])
-                if before > share:
-                    break
-        tokens[row] = block * BLOCK + token
+@njit
+def _draw(logits, vocab, temperature, uniform, sums, blocks, scratch):
+    """A token of one row and the logarithm of the sum of its exponentials."""
+    most = splat(np.float32(-np.inf))
+    for i in range(0, vocab - LANES + 1, LANES):
+        most = maximum(load(logits, i), most)
+    top = largest(most)
+    for i in range(vocab // LANES * LANES, vocab):
+        top = max(top, logits[i])
+    token = 0
+    if temperature == 0:
+        for i in range(vocab):
+            if logits[i] == top:
+                token = i
+                break
+    scale = np.float32(1) if temperature == 0 else temperature
+    whole = 0.0
+    for block in range(blocks):
+        i, left = block * BLOCK, vocab - block * BLOCK
+        if left >= BLOCK:
+            weights_0 = _weights(logits, i, top, scale)
+            weights_1 = _weights(logits, i + LANES, top, scale)
+            weights_2 = _weights(logits, i + 2 * LANES, top, scale)
+            weights_3 = _weights(logits, i + 3 * LANES, top, scale)
+        else:
+            _last_weights(logits, i, left, top, scale, scratch)
+            weights_0, weights_1 = load(scratch, 0), load(scratch, LANES)
+            weights_2, weights_3 = load(scratch, 2 * LANES), load(scratch, 3 * LANES)
+        own = np.float64(total(add(add(weights_0, weights_1), add(weights_2, weights_3))))
+        sums[block] = own
+        whole += own
+    if temperature == 0:
+        return token, math.log(whole)
+    share, before, block = uniform * whole, 0.0, 0
+    while block < blocks - 1 and before + sums[block] <= share:
+        before += sums[block]
+        block += 1
+    i, count = block * BLOCK, min(BLOCK, vocab - block * BLOCK)
+    for lane in range(0, count, LANES):
+        store(scratch, lane, exp(part(logits, i + lane, count - lane)))
+    # Rounding may lift the share to the sum of the block: past that there is no id, so the last possible one is it.
+    for place in range(count):
+        if scratch[place] > 0:
+            token = place
+            before += np.float64(scratch[place])
+            if before > share:
+                break
+    return i + token, math.log(whole)
+
+
+@shared
+def _drawn(data_at):
+    data, numbers = ints(data_at), ints(data_at + 8 * NUMBERS)
+    logits_at, temperatures, uniforms = numbers[0], floats(numbers[1]), doubles(numbers[2])
+    tokens, normalizers = ints(numbers[3]), doubles(numbers[4])
+    rows, vocab, blocks = numbers[7], numbers[8], numbers[9]
+    row = next_part(data)
+    while row < rows:
+        tokens[row], normalizers[row] = _draw(
+            floats(logits_at + 4 * row * vocab), vocab, temperatures[row], uniforms[row],
+            doubles(numbers[5] + 8 * row * blocks), blocks, floats(numbers[6] + 4 * row * BLOCK),
+        )  # fmt: skip
+        row = next_part(data)

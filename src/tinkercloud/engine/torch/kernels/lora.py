@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from tinkercloud.engine.torch.kernels.compiled import kernel
@@ -35,6 +36,40 @@ def add_low_rank(x: Tensor, a: Tensor, places: Tensor, scale: float, output: Ten
         x.data_ptr(), a.data_ptr(), places.data_ptr(), low.data_ptr(), output.data_ptr(), rows, width, ranks,
         places.shape[0], output.shape[1], scale,
     )  # fmt: skip
+
+
+@njit
+def add_back(low, a, places, output, first_row, end_row, ranks, count, output_row):
+    """Add low B^T to rows of the output, low [rows, ranks] being scale * (x A^T) of the same rows."""
+    own_ranks = ranks // count
+    four = end_row - (end_row - first_row) % 4
+    for number in range(count):
+        column, columns, b = places[3 * number], places[3 * number + 1], places[3 * number + 2]
+        whole = columns - columns % LANES
+        for row in range(first_row, four, 4):
+            to_0, low_0 = row * output_row + column, row * ranks + number * own_ranks
+            to_1, to_2, to_3 = to_0 + output_row, to_0 + 2 * output_row, to_0 + 3 * output_row
+            low_1, low_2, low_3 = low_0 + ranks, low_0 + 2 * ranks, low_0 + 3 * ranks
+            for i in range(0, whole, LANES):
+                sum_0, sum_1 = load(output, to_0 + i), load(output, to_1 + i)
+                sum_2, sum_3 = load(output, to_2 + i), load(output, to_3 + i)
+                for rank in range(own_ranks):
+                    own = load(a, b + rank * columns + i)
+                    sum_0 = fma(splat(low[low_0 + rank]), own, sum_0)
+                    sum_1 = fma(splat(low[low_1 + rank]), own, sum_1)
+                    sum_2 = fma(splat(low[low_2 + rank]), own, sum_2)
+                    sum_3 = fma(splat(low[low_3 + rank]), own, sum_3)
+                store(output, to_0 + i, sum_0)
+                store(output, to_1 + i, sum_1)
+                store(output, to_2 + i, sum_2)
+                store(output, to_3 + i, sum_3)
+        for row in range(first_row, end_row):
+            to, first = row * output_row + column, row * ranks + number * own_ranks
+            for i in range(whole if row < four else 0, columns, LANES):
+                sums = part(output, to + i, columns - i)
+                for rank in range(own_ranks):
+                    sums = fma(splat(low[first + rank]), part(a, b + rank * columns + i, columns - i), sums)
+                store_part(output, to + i, sums, columns - i)
 
 
 @kernel("void(int64,int64,int64,int64,int64,int64,int64,int64,int64,int64,float32)")
@@ -76,31 +111,4 @@ def _add_low_rank(x_at, a_at, places_at, low_at, output_at, rows, width, ranks, 
                 left = width - whole
                 sums = fma(part(x, row * width + whole, left), part(a, rank * width + whole, left), sums)
             low[row * ranks + rank] = total(sums) * scale
-    own_ranks = ranks // count
-    for number in range(count):
-        column, columns, b = places[3 * number], places[3 * number + 1], places[3 * number + 2]
-        whole = columns - columns % LANES
-        for row in range(0, four, 4):
-            to_0, low_0 = row * output_row + column, row * ranks + number * own_ranks
-            to_1, to_2, to_3 = to_0 + output_row, to_0 + 2 * output_row, to_0 + 3 * output_row
-            low_1, low_2, low_3 = low_0 + ranks, low_0 + 2 * ranks, low_0 + 3 * ranks
-            for i in range(0, whole, LANES):
-                sum_0, sum_1 = load(output, to_0 + i), load(output, to_1 + i)
-                sum_2, sum_3 = load(output, to_2 + i), load(output, to_3 + i)
-                for rank in range(own_ranks):
-                    own = load(a, b + rank * columns + i)
-                    sum_0 = fma(splat(low[low_0 + rank]), own, sum_0)
-                    sum_1 = fma(splat(low[low_1 + rank]), own, sum_1)
-                    sum_2 = fma(splat(low[low_2 + rank]), own, sum_2)
-                    sum_3 = fma(splat(low[low_3 + rank]), own, sum_3)
-                store(output, to_0 + i, sum_0)
-                store(output, to_1 + i, sum_1)
-                store(output, to_2 + i, sum_2)
-                store(output, to_3 + i, sum_3)
-        for row in range(rows):
-            to, first = row * output_row + column, row * ranks + number * own_ranks
-            for i in range(whole if row < four else 0, columns, LANES):
-                sums = part(output, to + i, columns - i)
-                for rank in range(own_ranks):
-                    sums = fma(splat(low[first + rank]), part(a, b + rank * columns + i, columns - i), sums)
-                store_part(output, to + i, sums, columns - i)
+    add_back(low, a, places, output, 0, rows, ranks, count, output_row)

@@ -11,9 +11,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from tinkercloud.engine.torch.kernels.compiled import have_kernels, next_part, shared
+from tinkercloud.engine.torch.kernels.compiled import NUMBERS, have_kernels, next_part, shared
 from tinkercloud.engine.torch.kernels.vectors import (
     LANES,
+    fetch,
     floats,
     fma,
     ints,
@@ -48,9 +49,9 @@ def few_rows_product(x: Tensor, weight: Tensor) -> Tensor:
     return output
 
 
-@njit(inline="always")
-def _columns_of_product(x_at, weight_at, output_at, rows, width, columns, begin, stop):
-    """Columns [begin, stop) of the output; begin is a multiple of 4."""
+@njit
+def columns_of_product(x_at, weight_at, output_at, rows, width, columns, begin, stop):
+    """Columns [begin, stop) of x [rows, width] @ weight [columns, width]^T; begin is a multiple of 4."""
     x, weight, output = floats(x_at), floats(weight_at), floats(output_at)
     zero = splat(np.float32(0))
     whole, four = width - width % LANES, stop - stop % 4
@@ -65,7 +66,9 @@ def _columns_of_product(x_at, weight_at, output_at, rows, width, columns, begin,
                 x_1, x_2, x_3 = x_0 + width, x_0 + 2 * width, x_0 + 3 * width
                 sum_00 = sum_01 = sum_02 = sum_03 = sum_10 = sum_11 = sum_12 = sum_13 = zero
                 sum_20 = sum_21 = sum_22 = sum_23 = sum_30 = sum_31 = sum_32 = sum_33 = zero
+                next_w = w_0 + (4 + (row - block) // 4) * width  # sixteen rows fetch all of the next columns
                 for i in range(0, whole, LANES):
+                    fetch(weight, next_w + i)
                     one, two = load(weight, w_0 + i), load(weight, w_1 + i)
                     three, last = load(weight, w_2 + i), load(weight, w_3 + i)
                     own = load(x, x_0 + i)
@@ -124,12 +127,19 @@ def _columns_of_product(x_at, weight_at, output_at, rows, width, columns, begin,
                 output[row * columns + column] = total(sums)
 
 
+@njit
+def block_of_columns(columns):
+    """How many columns a thread computes at a time."""
+    return max(COLUMN_BLOCK, (columns // 8 + 3) // 4 * 4)
+
+
 @shared
 def _product(data_at):
     data = ints(data_at)
-    rows, width, columns = data[4], data[5], data[6]
-    size = max(COLUMN_BLOCK, (columns // 8 + 3) // 4 * 4)
+    x_at, weight_at, output_at = data[NUMBERS], data[NUMBERS + 1], data[NUMBERS + 2]
+    rows, width, columns = data[NUMBERS + 3], data[NUMBERS + 4], data[NUMBERS + 5]
+    size = block_of_columns(columns)
     first = next_part(data) * size
     while first < columns:
-        _columns_of_product(data[1], data[2], data[3], rows, width, columns, first, min(first + size, columns))
+        columns_of_product(x_at, weight_at, output_at, rows, width, columns, first, min(first + size, columns))
         first = next_part(data) * size

@@ -75,20 +75,58 @@ def rotated(projected: Tensor, weight: Tensor | None, eps: float, heads: int, co
     return output
 
 
+@njit
+def norm_row(x, first, weight, output, to, width, eps):
+    """Write a row divided by its rms and multiplied by `weight` to output[to:]."""
+    squares = splat(np.float32(0))
+    for column in range(0, width, LANES):
+        own = part(x, first + column, width - column)
+        squares = fma(own, own, squares)
+    inverse = splat(np.float32(1) / np.float32(math.sqrt(total(squares) / np.float32(width) + eps)))
+    for column in range(0, width, LANES):
+        left = width - column
+        own = mul(part(x, first + column, left), inverse)
+        store_part(output, to + column, mul(own, part(weight, column, left)), left)
+
+
+@njit
+def gate_row(gate_up, first, output, to, width):
+    """Write silu(gate) * up of a row [2 width] to output[to:]."""
+    one = splat(np.float32(1))
+    for column in range(0, width, LANES):
+        left = width - column
+        gate = part(gate_up, first + column, left)
+        up = part(gate_up, first + width + column, left)
+        store_part(output, to + column, mul(div(gate, add(one, exp(neg(gate)))), up), left)
+
+
+@njit
+def rotate_head(x, first, is_normed, weight, own, eps, output, to, half, cos, c_at, sin, s_at):
+    """Write a head [2 half], rotated, to output[to:], which may be its own place; if `is_normed`, divided by its rms
+    and multiplied by weight[own:] before that."""
+    inverse = splat(np.float32(1))
+    if is_normed:
+        squares = splat(np.float32(0))
+        for column in range(0, 2 * half, LANES):
+            number = part(x, first + column, 2 * half - column)
+            squares = fma(number, number, squares)
+        inverse = splat(np.float32(1) / np.float32(math.sqrt(total(squares) / np.float32(2 * half) + eps)))
+    for column in range(0, half, LANES):
+        left = half - column
+        one, other = part(x, first + column, left), part(x, first + half + column, left)
+        if is_normed:
+            one = mul(mul(one, inverse), part(weight, own + column, left))
+            other = mul(mul(other, inverse), part(weight, own + half + column, left))
+        c, s = part(cos, c_at + column, left), part(sin, s_at + column, left)
+        store_part(output, to + column, fma(neg(other), s, mul(one, c)), left)
+        store_part(output, to + half + column, fma(one, s, mul(other, c)), left)
+
+
 @njit(inline="always")
 def _norm_of(x_at, weight_at, output_at, begin, stop, width, eps):
     x, weight, output = floats(x_at), floats(weight_at), floats(output_at)
     for row in range(begin, stop):
-        first = row * width
-        squares = splat(np.float32(0))
-        for column in range(0, width, LANES):
-            own = part(x, first + column, width - column)
-            squares = fma(own, own, squares)
-        inverse = splat(np.float32(1) / np.float32(math.sqrt(total(squares) / np.float32(width) + eps)))
-        for column in range(0, width, LANES):
-            left = width - column
-            own = mul(part(x, first + column, left), inverse)
-            store_part(output, first + column, mul(own, part(weight, column, left)), left)
+        norm_row(x, row * width, weight, output, row * width, width, eps)
 
 
 @kernel("void(int64,int64,int64,int64,int64,float32)")
@@ -109,14 +147,8 @@ def _rms_norms(data_at):
 @njit(inline="always")
 def _gated_of(gate_up_at, output_at, begin, stop, width):
     gate_up, output = floats(gate_up_at), floats(output_at)
-    one = splat(np.float32(1))
     for row in range(begin, stop):
-        first = 2 * row * width
-        for column in range(0, width, LANES):
-            left = width - column
-            gate = part(gate_up, first + column, left)
-            up = part(gate_up, first + width + column, left)
-            store_part(output, row * width + column, mul(div(gate, add(one, exp(neg(gate)))), up), left)
+        gate_row(gate_up, 2 * row * width, output, row * width, width)
 
 
 @kernel("void(int64,int64,int64,int64)")
@@ -136,26 +168,13 @@ def _gateds(data_at):
 @njit(inline="always")
 def _rotated_of(x_at, x_row, weight_at, eps, output_at, begin, stop, heads, half, cos_at, cos_row, sin_at, sin_row):
     x, weight, output, cos, sin = floats(x_at), floats(weight_at), floats(output_at), floats(cos_at), floats(sin_at)
+    size = 2 * half
     for row in range(begin, stop):
         for head in range(heads):
-            own, first, to = 2 * half * head, row * x_row + 2 * half * head, (row * heads + head) * 2 * half
-            inverse = splat(np.float32(1))
-            if weight_at != 0:
-                squares = splat(np.float32(0))
-                for column in range(0, 2 * half, LANES):
-                    number = part(x, first + column, 2 * half - column)
-                    squares = fma(number, number, squares)
-                mean = total(squares) / np.float32(2 * half)
-                inverse = splat(np.float32(1) / np.float32(math.sqrt(mean + eps)))
-            for column in range(0, half, LANES):
-                left = half - column
-                one, other = part(x, first + column, left), part(x, first + half + column, left)
-                if weight_at != 0:
-                    one = mul(mul(one, inverse), part(weight, own + column, left))
-                    other = mul(mul(other, inverse), part(weight, own + half + column, left))
-                c, s = part(cos, row * cos_row + column, left), part(sin, row * sin_row + column, left)
-                store_part(output, to + column, fma(neg(other), s, mul(one, c)), left)
-                store_part(output, to + half + column, fma(one, s, mul(other, c)), left)
+            rotate_head(
+                x, row * x_row + head * size, weight_at != 0, weight, head * size, eps,
+                output, (row * heads + head) * size, half, cos, row * cos_row, sin, row * sin_row,
+            )  # fmt: skip
 
 
 @kernel("void(int64,int64,int64,float32,int64,int64,int64,int64,int64,int64,int64,int64)")

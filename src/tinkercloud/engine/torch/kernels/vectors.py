@@ -82,6 +82,21 @@ def store(context, pointer, index, vector):
 
 
 @intrinsic
+def fetch(context, pointer, index):
+    """Ask for the memory of an index, so that it is in the cache when it is needed. It need not be one's own."""
+
+    def emit(context, builder, signature, args):
+        name, number, place = "llvm.prefetch.p0", ir.IntType(32), builder.gep(args[0], [args[1]])
+        function = builder.module.globals.get(name) or ir.Function(
+            builder.module, ir.FunctionType(ir.VoidType(), [place.type, number, number, number]), name
+        )
+        builder.call(function, [place, number(0), number(3), number(1)])  # to read, to all caches, data
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), emit
+
+
+@intrinsic
 def splat(context, number):
     """A number in all lanes."""
 
