@@ -3,8 +3,12 @@
 import asyncio
 
 import pytest
+from click.testing import Result
+from typer.testing import CliRunner
 
 from tests.control.conftest import OWNER, Client
+from tinkercloud.cli.app import app
+from tinkercloud.cli.console import CommandError
 from tinkercloud.config import Settings
 from tinkercloud.control.backup import BackupError, back_up, restore
 from tinkercloud.control.service import Service
@@ -92,3 +96,38 @@ def test_what_cannot_be_backed_up_or_restored_is_said(tmp_path):
     with pytest.raises(BackupError, match="is not empty"):
         restore(tmp_path / "made", tmp_path / "data", None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "empty", "made"]
+
+
+def test_the_commands(run, tmp_path):
+    async def ledger_with_one():
+        ledger = await Ledger.open(tmp_path / "data")
+        await ledger.append("stream", 0, "sample", b"kept")
+        await ledger.close()
+
+    def command(*words: str) -> Result:
+        return CliRunner().invoke(app, [*words])
+
+    run(ledger_with_one)
+    backup, restored = str(tmp_path / "backup"), str(tmp_path / "restored")
+    made = command("backup", backup, "--data-dir", str(tmp_path / "data"))
+    assert made.exit_code == 0 and f"{backup} is a copy of {tmp_path / 'data'}" in made.output, made.output
+    again = command("backup", backup, "--data-dir", str(tmp_path / "data"))
+    assert (
+        again.exit_code != 0 and isinstance(again.exception, CommandError) and "there already" in str(again.exception)
+    )
+    nothing = command("backup", str(tmp_path / "other"), "--data-dir", str(tmp_path / "nothing"))
+    assert "no data directory" in str(nothing.exception) and not (tmp_path / "other").exists()
+
+    brought = command("restore", backup, "--data-dir", restored)
+    assert brought.exit_code == 0 and f"{restored} is as it was in {backup}" in brought.output, brought.output
+    assert problems(tmp_path / "restored") == []
+    for source, target, why in ((backup, restored, "is not empty"), (restored + "x", backup + "x", "is no backup")):
+        refused = command("restore", source, "--data-dir", target)
+        assert isinstance(refused.exception, CommandError) and why in str(refused.exception)
+
+    async def kept():
+        ledger = await Ledger.open(tmp_path / "restored")
+        assert await ledger.payload("stream:0") == b"kept"
+        await ledger.close()
+
+    run(kept)

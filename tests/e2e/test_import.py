@@ -51,6 +51,10 @@ def test_an_imported_adapter_gives_pefts_logprobs_and_trains_on(server, client, 
     assert path.startswith("tinker://") and path.endswith("/weights/mine")
     listed = command("checkpoints", "list", "--url", server.url, COLUMNS="40").stdout.splitlines()
     assert path in [line.split()[0] for line in listed]
+    run_id = path.split("/")[2]
+    rest = client.create_rest_client()
+    assert rest.get_training_run(run_id).result().last_checkpoint.tinker_path == path
+    assert [one.tinker_path for one in rest.list_checkpoints(run_id).result().checkpoints] == [path]
 
     with torch.no_grad():
         logits = adapter(input_ids=torch.tensor([TOKENS])).logits[0]

@@ -13,6 +13,7 @@ from tinkercloud.api.refusals import accepted, read_operation, recorded
 from tinkercloud.api.validate import check_name, check_recipients, optimizer_from
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.reading import as_request
+from tinkercloud.control.quotas import storage_limit
 from tinkercloud.control.service import Service
 from tinkercloud.errors import InvalidRequest, NotFound
 from tinkercloud.ledger.records import CheckpointRecord, Entry
@@ -40,6 +41,7 @@ async def save_weights(request: Request, service: ServiceOf, owner: Owner) -> di
             ttl_seconds=given.ttl_seconds,
             overwrite=given.overwrite,
             user_metadata=given.user_metadata,
+            limit=storage_limit(caller_of(request).key),
         )
     _note_repeat(request, entry)
     return await accepted(service, owner, entry, "save_weights")
@@ -84,6 +86,7 @@ async def save_weights_for_sampler(request: Request, service: ServiceOf, owner: 
                 kind="sampler",
                 ttl_seconds=given.ttl_seconds,
                 user_metadata=given.user_metadata,
+                limit=storage_limit(caller_of(request).key),
             )
         else:
             raise InvalidRequest("path makes a checkpoint and sampling_session_seq_id a sampling session; send one")
@@ -109,7 +112,13 @@ async def save_weights_external(request: Request, service: ServiceOf, owner: Own
         check_recipients(recipients)
         await service.quotas.storage(caller_of(request).key)
         entry = await service.runs.save_weights(
-            model, given.seq_id, given.path, kind="external", ttl_seconds=given.ttl_seconds, recipients=recipients
+            model,
+            given.seq_id,
+            given.path,
+            kind="external",
+            ttl_seconds=given.ttl_seconds,
+            recipients=recipients,
+            limit=storage_limit(caller_of(request).key),
         )
     _note_repeat(request, entry)
     return await accepted(service, owner, entry, "save_weights_external")

@@ -26,7 +26,7 @@ from tinkercloud.engine.peft_layout import CONFIG_FILE, WEIGHTS_FILE, read_adapt
 from tinkercloud.engine.types import BaseModelInfo, CloseSampler, Failure, LoraConfig, OpenSampler, OperationError
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.ledger import Ledger
-from tinkercloud.ledger.records import CheckpointRecord
+from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SessionRecord
 
 
 class Checkpoints:
@@ -152,8 +152,10 @@ class Checkpoints:
             await asyncio.to_thread(shutil.rmtree, drafts, ignore_errors=True)
         target = checkpoint_folder(model_id, "training", name, 0, stored=stored)
         await self._storage.publish(target)
+        checkpoint = self._imported(model_id, name, owner, info, lora, target)
         try:
-            return await self._ledger.insert(self._imported(model_id, name, owner, info, lora, target))
+            await self._insert_run(checkpoint)
+            return await self._ledger.insert(checkpoint)
         except Exception:  # not of a caller that was cancelled: its write may still happen
             await self._storage.free(target)
             raise
@@ -173,6 +175,37 @@ class Checkpoints:
             size_bytes=sum(file.stat().st_size for file in (self._data_dir / folder).iterdir()),
             created_at=time.time(),
             base_fingerprint=info.fingerprint,
+        )
+
+    async def _insert_run(self, checkpoint: CheckpointRecord) -> None:
+        """The training run that the import is of, in which nothing can be trained, in a session of its own."""
+        now = checkpoint.created_at
+        await self._ledger.insert(
+            SessionRecord(
+                session_id=checkpoint.model_id,
+                owner=checkpoint.owner,
+                created_at=now,
+                last_heartbeat=now,
+                state="finished",
+                display_name=f"import of {checkpoint.name}",
+                finish_reason="success",
+            )
+        )
+        await self._ledger.insert(
+            ModelRecord(
+                model_id=checkpoint.model_id,
+                session_id=checkpoint.model_id,
+                model_seq_id=0,
+                owner=checkpoint.owner,
+                base_model=checkpoint.base_model,
+                lora=checkpoint.lora,
+                created_at=now,
+                last_request_at=now,
+                state="unloaded",
+                applied_seq=-1,
+                optimizer=checkpoint.optimizer,
+                base_fingerprint=checkpoint.base_fingerprint,
+            )
         )
 
     async def _check_loads(self, base_model: str, folder: str) -> None:

@@ -23,6 +23,7 @@ from tinkercloud.control.folders import checkpoint_path, is_stored
 from tinkercloud.control.gathering import Gathering
 from tinkercloud.control.metering import tokens_of
 from tinkercloud.control.outcomes import SamplerDetails, SaveDetails, conclude, details_of
+from tinkercloud.control.quotas import beyond_storage
 from tinkercloud.control.run_end import RunEnd, finished, unloaded
 from tinkercloud.control.sampler_desk import SamplerDesk
 from tinkercloud.control.storage import Storage
@@ -422,6 +423,16 @@ class Conductor:
 
     async def _end(self, run: TrainingRun, result: Result, times: Times | None = None) -> None:
         """Store what an operation gave and when it ran, if it did; then let the next one and its client go on."""
+        details = details_of(run.turn.entry)
+        if not (isinstance(result, SaveOutput) and isinstance(details, SaveDetails) and details.limit):
+            return await self._record(run, result, times)
+        async with self._storage.saving[run.record.owner]:
+            why = await beyond_storage(self._ledger, run.record.owner, details.limit, time.time())
+            if why is not None:
+                await self._storage.free(result.folder)
+            await self._record(run, result if why is None else Failure(why, "user"), times)
+
+    async def _record(self, run: TrainingRun, result: Result, times: Times | None) -> None:
         turn, entry = run.turn, run.turn.entry
         outcome, records = conclude(entry, run.record, result)
         replaced = await self._replaced(records)

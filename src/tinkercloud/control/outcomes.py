@@ -25,6 +25,14 @@ from tinkercloud.ledger.records import (
 )
 
 
+class StorageLimit(Struct, frozen=True):
+    """What the key of a save allows its user to store, looked at again when it is written: many may be accepted before
+    the first one is."""
+
+    max_bytes: int
+    key_hint: str
+
+
 class SaveDetails(Struct, frozen=True, tag=True):
     """What an entry that saves a named checkpoint remembers beside its payload."""
 
@@ -33,6 +41,7 @@ class SaveDetails(Struct, frozen=True, tag=True):
     overwrite: bool = False
     ttl_seconds: int | None = None
     user_metadata: dict[str, str] | None = None
+    limit: StorageLimit | None = None
 
 
 class SamplerDetails(Struct, frozen=True, tag=True):

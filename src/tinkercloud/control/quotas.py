@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 from msgspec import Struct
 
+from tinkercloud.control.outcomes import StorageLimit
 from tinkercloud.errors import Forbidden, Overloaded
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import KeyRecord, ModelRecord
@@ -63,15 +64,10 @@ class Quotas:
 
     async def storage(self, key: KeyRecord | None) -> None:
         """Before something is saved. Forbidden."""
-        if key is None or key.max_storage_bytes is None:
-            return
-        stored, frees_at = await self._ledger.stored_bytes(key.owner, self._clock())
-        if stored >= key.max_storage_bytes:
-            until = "" if frees_at is None else f"; the next one expires at {_utc(frees_at)}"
-            raise Forbidden(
-                f"the checkpoints of user {key.owner} take {stored} bytes, and key {key.hint}… allows "
-                f"{key.max_storage_bytes} (max_storage): nothing more can be saved until some are deleted{until}"
-            )
+        if (limit := storage_limit(key)) is not None:
+            why = await beyond_storage(self._ledger, key.owner, limit, self._clock())
+            if why is not None:
+                raise Forbidden(why)
 
     async def tokens(self, key: KeyRecord | None, more: int, repeats: str | None = None) -> None:
         """Before `more` tokens are computed. Forbidden. If there is an operation `repeats` this is its repeat, which is
@@ -99,6 +95,23 @@ class Quotas:
             tokens = await self._ledger.tokens_since(day, owner) + await self._ledger.pending_tokens(owner)
             known = self._used[owner] = _Used(tokens, day, now)
         return known
+
+
+def storage_limit(key: KeyRecord | None) -> StorageLimit | None:
+    """What a save remembers of the key that it came with; None if that has no limit."""
+    return None if key is None or key.max_storage_bytes is None else StorageLimit(key.max_storage_bytes, key.hint)
+
+
+async def beyond_storage(ledger: Ledger, owner: str, limit: StorageLimit, now: float) -> str | None:
+    """Why an owner may save nothing more; None if it may."""
+    stored, frees_at = await ledger.stored_bytes(owner, now)
+    if stored < limit.max_bytes:
+        return None
+    until = "" if frees_at is None else f"; the next one expires at {_utc(frees_at)}"
+    return (
+        f"the checkpoints of user {owner} take {stored} bytes, and key {limit.key_hint}… allows {limit.max_bytes} "
+        f"(max_storage): nothing more can be saved until some are deleted{until}"
+    )
 
 
 def _utc(when: float) -> str:

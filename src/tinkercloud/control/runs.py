@@ -14,7 +14,7 @@ from tinkercloud.codec import encode
 from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.base_weights import MadeOnBase
 from tinkercloud.control.folders import CheckpointKind, checkpoint_folder, sampler_folder
-from tinkercloud.control.outcomes import LoadDetails, SamplerDetails, SaveDetails, details_of, remember
+from tinkercloud.control.outcomes import LoadDetails, SamplerDetails, SaveDetails, StorageLimit, details_of, remember
 from tinkercloud.control.sessions import Sessions
 from tinkercloud.control.storage import Storage
 from tinkercloud.engine.types import (
@@ -204,9 +204,11 @@ class TrainingRuns:
         overwrite: bool = False,
         user_metadata: dict[str, str] | None = None,
         recipients: Sequence[str] = (),
+        limit: StorageLimit | None = None,
     ) -> Entry:
         """Append the saving of a named checkpoint; without a name, one is made of the seq_id. A name that is taken
-        fails the future (category user) unless `overwrite`. External weights are encrypted to the `recipients`."""
+        fails the future (category user) unless `overwrite`. External weights are encrypted to the `recipients`. What is
+        beyond the `limit` when its turn comes fails likewise."""
 
         def draft(seq_id: int) -> tuple[bytes, dict[str, Any]]:
             details = SaveDetails(
@@ -215,6 +217,7 @@ class TrainingRuns:
                 overwrite=overwrite,
                 ttl_seconds=ttl_seconds,
                 user_metadata=user_metadata,
+                limit=limit,
             )
             save = SaveWeights(
                 model.model_id,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -57,6 +58,8 @@ class Storage:
         self._cache = cache
         self.lock = asyncio.Lock()
         """Held from the look at a checkpoint's record until its files are held too, and while a folder goes."""
+        self.saving: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        """By owner: held from the look at how much is stored until one more checkpoint is recorded."""
         self._pinning: set[str] = set()
 
     # ------------------------------------------------------------ what lies in a store
