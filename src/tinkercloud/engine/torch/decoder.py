@@ -42,7 +42,7 @@ class Decoder:
             for index, layer in enumerate(decoder.layers)
         ]
         self._norm = RMSNorm(decoder.norm.weight, decoder.norm.variance_epsilon)
-        self.step = DecoderStep(self._layers, self._norm) if have_products(self._embeddings) else None
+        self.step = DecoderStep(self._layers, self._norm, self._rotary) if have_products(self._embeddings) else None
         """For sampling through a cache, where the kernel of whole steps is the faster one."""
 
     def __call__(
@@ -58,12 +58,12 @@ class Decoder:
 
         `anchor` is any tensor that needs a gradient, to be visited by autograd though nothing here needs one.
         """
+        if self.step is not None and isinstance(attention, InPlaceAttention):
+            return self.step(embedding(tokens, self._embeddings), attention, lora)
         rotation = Rotation(positions, self._rotary.inv_freq, self._rotary.attention_scaling, self._embeddings.dtype)
         if torch.is_grad_enabled():
             return _Pass.apply(anchor, self, tokens, rotation, attention, lora, recompute)
         x = embedding(tokens, self._embeddings)
-        if self.step is not None and isinstance(attention, InPlaceAttention):
-            return self.step(x, rotation, attention, lora)
         for layer in self._layers:
             x, _ = layer(x, rotation, attention, lora, training=False)
         return self._norm(x)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinkercloud.engine.torch.decoder_layer import DecoderLayer
 from tinkercloud.engine.torch.in_place_attention import InPlaceAttention
@@ -20,29 +20,40 @@ from tinkercloud.engine.torch.rotary import Rotation
 class DecoderStep:
     """`kernels.decoder_step` over a decoder's weights, which must stay where they are."""
 
-    def __init__(self, layers: Sequence[DecoderLayer], norm: RMSNorm) -> None:
+    def __init__(self, layers: Sequence[DecoderLayer], norm: RMSNorm, rotary: nn.Module) -> None:
         self._weights = StepWeights(
             [layer.step_layer() for layer in layers], norm.weight, norm.eps, *layers[0].heads, layers[0].head_dim
         )
         self._groups = [group for layer in layers for group in layer.groups]
         assert len(self._groups) == len(layers) * len(PRODUCTS)
+        self._rotary = rotary
+        self._cos = self._sin = torch.empty(0, layers[0].head_dim // 2)
+        """Of all positions so far."""
 
-    def __call__(self, x: Tensor, rotation: Rotation, attention: InPlaceAttention, lora: LoraBatch) -> Tensor:
+    def __call__(self, x: Tensor, attention: InPlaceAttention, lora: LoraBatch) -> Tensor:
         """Hidden states [T, H] after the final norm of embeddings [T, H], which are overwritten."""
+        self._rotate_up_to(attention.length)
+        adapters = self._adapters(lora, len(x))
         return decoder_step(
-            x, self._weights, attention.rows, self._adapters(lora, len(x)), attention.cache.addresses, PAGE_TOKENS,
-            *rotation.halves,
-        )  # fmt: skip
+            x, self._weights, attention.rows, adapters, attention.cache.addresses, PAGE_TOKENS, self._cos, self._sin
+        )
+
+    def _rotate_up_to(self, length: int) -> None:
+        """See to it that there are cosines and sines of so many positions."""
+        known = len(self._cos)
+        if length > known:
+            positions = torch.arange(known, max(length, 2 * known))
+            rotation = Rotation(positions, self._rotary.inv_freq, self._rotary.attention_scaling, torch.float32)
+            cos, sin = rotation.halves
+            self._cos, self._sin = torch.cat((self._cos, cos)), torch.cat((self._sin, sin))
 
     def _adapters(self, lora: LoraBatch, rows: int) -> StepAdapters:
-        tables = [segment.weights.pairs.table(self._groups) for segment in lora]
         of_rows = np.full(rows, -1)
         for number, segment in enumerate(lora):
             of_rows[segment.start : segment.end] = number
-        return StepAdapters(
-            torch.from_numpy(of_rows),
-            torch.tensor([(segment.start, segment.end) for segment in lora], dtype=torch.int64),
-            torch.tensor([table.data_ptr() for table in tables], dtype=torch.int64),
-            torch.tensor([segment.weights.scale for segment in lora], dtype=torch.float32),
-            max((segment.weights.pairs.most_ranks for segment in lora), default=0),
-        )
+        factors = [segment.weights.pairs for segment in lora]
+        ranges = np.array([(segment.start, segment.end) for segment in lora], dtype=np.int64)
+        tables = np.array([each.table(self._groups).data_ptr() for each in factors], dtype=np.int64)
+        scales = np.array([segment.weights.scale for segment in lora], dtype=np.float32)
+        most_ranks = max((each.most_ranks for each in factors), default=0)
+        return StepAdapters(*map(torch.from_numpy, (of_rows, ranges, tables, scales)), most_ranks)

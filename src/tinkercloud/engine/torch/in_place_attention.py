@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from tinkercloud.engine.torch.attention import Scan
-from tinkercloud.engine.torch.decode_window import CacheRows, page_tables
+from tinkercloud.engine.torch.decode_window import CacheRows
 from tinkercloud.engine.torch.kernels.decoder_step import StepRows
-from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache
+from tinkercloud.engine.torch.kv_cache import PAD_PAGE, PAGE_TOKENS, KVCache, pages_for
 from tinkercloud.engine.torch.state_cache import StateCache, StepStates
 
 
@@ -34,9 +34,14 @@ class InPlaceAttention:
         owners = np.repeat(np.arange(len(step)), counts)
         before = np.array([sequence.start for sequence in step]) - np.cumsum(counts) + counts
         positions = np.arange(len(owners)) + before[owners]
-        tables = page_tables(step, torch.device("cpu"))
-        slots = tables.numpy()[owners, positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
-        self.rows = StepRows(*map(torch.from_numpy, (owners, positions, slots)), tables)
+        self.length = max(sequence.start + sequence.count for sequence in step)
+        """Of the longest sequence after the step."""
+        tables = np.full((len(step), pages_for(self.length)), PAD_PAGE)
+        for sequence, table in zip(step, tables, strict=True):
+            used = pages_for(sequence.start + sequence.count)
+            table[:used] = sequence.pages[:used]
+        slots = tables[owners, positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
+        self.rows = StepRows(*map(torch.from_numpy, (owners, positions, slots, tables)))
         self._states = None if states is None else StepStates(states, step, torch.device("cpu"))
 
     def __call__(

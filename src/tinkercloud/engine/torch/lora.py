@@ -62,7 +62,7 @@ class Factors(list[Pair | None]):
         self.stacks = stacks
         self._table: Tensor | None = None
 
-    @property
+    @cached_property
     def most_ranks(self) -> int:
         """Rows of the largest stack's A."""
         return max((len(stack.a) for stack in self.stacks.values()), default=0)

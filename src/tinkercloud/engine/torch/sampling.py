@@ -79,8 +79,8 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[fl
     vocab, device = logits.shape[-1], logits.device
     temperatures = [_divisor(row.temperature) if row.temperature != 0 else 0.0 for row in params]
     if have_kernels(logits):
-        scales, numbers = torch.tensor(temperatures, dtype=torch.float32), torch.tensor(uniforms, dtype=torch.float64)
-        tokens, normalizers = drawn(logits, scales, numbers)
+        numbers = np.array(temperatures, dtype=np.float32), np.array(uniforms, dtype=np.float64)
+        tokens, normalizers = drawn(logits, *map(torch.from_numpy, numbers))
     else:
         tokens, normalizers = _drawn(logits, torch.tensor(temperatures, dtype=torch.float32, device=device), uniforms)
     filtered = [

@@ -8,6 +8,7 @@ number is one sum in one order, so a row's bits depend neither on the other rows
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -124,36 +125,38 @@ def decoder_step(
     """Hidden states [T, H] behind the last norm, of embeddings x [T, H], which are overwritten.
 
     caches int64 [layers]: the address of each one's memory (see `paged.write`), to which the rows' keys and values are
-    written; cos and sin [T, D / 2].
+    written; cos and sin [positions, D / 2].
     """
-    assert x.is_contiguous() and cos.stride(1) == sin.stride(1) == 1
-    assert all(tensor.is_contiguous() for tensor in (*rows, *adapters[:4], caches))
+    assert all(tensor.is_contiguous() for tensor in (x, *rows, *adapters[:4], caches, cos, sin))
     count, w = len(x), weights
-    query_row = (w.heads + 2 * w.kv_heads) * w.head_dim
-    sizes = (w.hidden, query_row, w.heads * w.head_dim, w.hidden, 2 * w.intermediate, w.intermediate)
-    normed, projected, attended, output, gate_up, activated = (x.new_empty(count, size) for size in sizes)
-    low = x.new_empty(count, max(1, adapters.most_ranks))
-    width = scores_width(rows.tables.shape[1] * page_tokens)
-    scores = x.new_empty(torch.get_num_threads(), TOGETHER * width)
-    counters = torch.zeros(w.layers * PHASES, dtype=torch.int64)
+    query_row, inner, ranks = (w.heads + 2 * w.kv_heads) * w.head_dim, w.intermediate, max(1, adapters.most_ranks)
+    longest = scores_width(rows.tables.shape[1] * page_tokens)
+    normed = torch.empty_like(x)
+    # One piece of memory for all that is between
+    sizes = (
+        count * query_row, count * w.heads * w.head_dim, count * w.hidden, count * 2 * inner, count * inner,
+        count * ranks, torch.get_num_threads() * TOGETHER * longest,
+    )  # fmt: skip
+    scratch = x.new_empty(sum(sizes))
+    places = accumulate((4 * size for size in sizes[:-1]), initial=scratch.data_ptr())
+    projected, attended, output, gate_up, activated, low, scores = places
+    normed_at = normed.data_ptr()
     products = torch.tensor(
-        [
-            [normed.data_ptr(), w.hidden, query_row, projected.data_ptr()],
-            [attended.data_ptr(), w.heads * w.head_dim, w.hidden, output.data_ptr()],
-            [normed.data_ptr(), w.hidden, 2 * w.intermediate, gate_up.data_ptr()],
-            [activated.data_ptr(), w.intermediate, w.hidden, output.data_ptr()],
-        ]
-    )
+        (
+            normed_at, w.hidden, query_row, projected,
+            attended, w.heads * w.head_dim, w.hidden, output,
+            normed_at, w.hidden, 2 * inner, gate_up,
+            activated, inner, w.hidden, output,
+        )
+    )  # fmt: skip
+    counters = torch.zeros(w.layers * PHASES, dtype=torch.int64)
     _step(
-        count, w.layers, w.hidden, w.heads, w.kv_heads, w.head_dim, w.intermediate, page_tokens,
+        count, w.layers, w.hidden, w.heads, w.kv_heads, w.head_dim, inner, page_tokens,
         w.addresses.data_ptr(), w.options.data_ptr(), caches.data_ptr(), counters.data_ptr(), products.data_ptr(),
-        x.data_ptr(), normed.data_ptr(), projected.data_ptr(), attended.data_ptr(), output.data_ptr(),
-        gate_up.data_ptr(), activated.data_ptr(), low.data_ptr(), low.shape[1], scores.data_ptr(), width,
-        cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0),
-        rows.owners.data_ptr(), rows.positions.data_ptr(), rows.slots.data_ptr(), rows.tables.data_ptr(),
-        rows.tables.shape[1],
-        adapters.of_rows.data_ptr(), adapters.ranges.data_ptr(), adapters.tables.data_ptr(),
-        adapters.scales.data_ptr(), len(adapters.scales),
+        x.data_ptr(), normed_at, projected, attended, output, gate_up, activated, low, ranks, scores, longest,
+        cos.data_ptr(), sin.data_ptr(), rows.owners.data_ptr(), rows.positions.data_ptr(), rows.slots.data_ptr(),
+        rows.tables.data_ptr(), rows.tables.shape[1], adapters.of_rows.data_ptr(), adapters.ranges.data_ptr(),
+        adapters.tables.data_ptr(), adapters.scales.data_ptr(), len(adapters.scales),
     )  # fmt: skip
     return normed
 
@@ -253,9 +256,16 @@ def _step(data_at):
     )  # fmt: skip
     low_at, low_row, width = n[20], n[21], n[23]
     scores = floats(n[22] + 4 * take(data, THREADS) * TOGETHER * width)
-    cos, cos_row, sin, sin_row = floats(n[24]), n[25], floats(n[26]), n[27]
-    owners, positions, slots, pages, pages_row = ints(n[28]), ints(n[29]), ints(n[30]), ints(n[31]), n[32]
-    of_rows, ranges, tables, scales, adapters = ints(n[33]), ints(n[34]), ints(n[35]), floats(n[36]), n[37]
+    cos, sin, half, owners, positions, slots = (
+        floats(n[24]),
+        floats(n[25]),
+        head_dim // 2,
+        ints(n[26]),
+        ints(n[27]),
+        ints(n[28]),
+    )
+    pages, pages_row = ints(n[29]), n[30]
+    of_rows, ranges, tables, scales, adapters = ints(n[31]), ints(n[32]), ints(n[33]), floats(n[34]), n[35]
     query_row, blocks = (heads + 2 * kv_heads) * head_dim, (rows + TOGETHER - 1) // TOGETHER
 
     own = ints(addresses_at)
@@ -290,7 +300,7 @@ def _step(data_at):
                     if product == QKV:
                         _place_heads(
                             projected, query_row, row, own[_HEAD_NORM], options[option + _HEAD_EPS], heads, kv_heads,
-                            head_dim, cos, row * cos_row, sin, row * sin_row, memory, slots[row],
+                            head_dim, cos, positions[row] * half, sin, positions[row] * half, memory, slots[row],
                         )  # fmt: skip
                     elif product == GATE_UP:
                         gate_row(gate_up, 2 * row * inner, activated, row * inner, inner)
