@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 from tests.engine.test_kernels import WIDTHS, assert_near, numbers
 from tinkercloud.engine.torch.kernels.backward import (
@@ -16,6 +16,7 @@ from tinkercloud.engine.torch.kernels.backward import (
     rotated_backward,
     softmax_times,
 )
+from tinkercloud.engine.torch.kernels.causal import causal_attention, causal_attention_backward
 from tinkercloud.engine.torch.kernels.low_rank import AdapterRows, LowRank
 from tinkercloud.engine.torch.kernels.rows import MANY_ROWS, gated, rms_norm, rotated
 
@@ -115,6 +116,39 @@ def test_softmax_of_what_is_not_finite():
     expected = logits.log_softmax(-1)
     log_softmax(logits)
     torch.testing.assert_close(logits, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 64), (3, 3, 16), (2, 1, 80)])
+def test_causal_attention(heads, kv_heads, size):
+    """Whatever sequences are beside it, and a query whatever comes after it."""
+    lengths, scaling = [1, 2, 65, 30, 130], 0.3
+    rows = sum(lengths)
+    query, d_output = numbers(rows, heads + 1, size)[:, :heads], numbers(rows, heads, size)
+    key, value = numbers(rows, kv_heads, size, scale=1.5), numbers(kv_heads, rows, size).transpose(0, 1)
+    output, sums = causal_attention(query, key, value, lengths, scaling)
+    gradients = causal_attention_backward(query, key, value, output, sums, d_output, lengths, scaling)
+
+    inputs = [each.double().requires_grad_() for each in (query, key, value)]
+    expected = torch.cat(
+        [
+            scaled_dot_product_attention(
+                *(each.transpose(0, 1) for each in parts), is_causal=True, scale=scaling, enable_gqa=True
+            ).transpose(0, 1)
+            for parts in zip(*(each.split(lengths) for each in inputs), strict=True)
+        ]
+    )
+    assert_near(output, expected.detach(), 3e-6)
+    for got, wanted in zip(gradients, torch.autograd.grad(expected, inputs, d_output.double()), strict=True):
+        assert_near(got, wanted, 5e-6)
+
+    last = slice(rows - 130, rows)
+    own = [each[last] for each in (query, key, value)]
+    alone, sums_alone = causal_attention(*own, [130], scaling)
+    assert torch.equal(alone, output[last]) and torch.equal(sums_alone, sums[last])
+    again = causal_attention_backward(*own, alone, sums_alone, d_output[last], [130], scaling)
+    assert all(torch.equal(one, other[last]) for one, other in zip(again, gradients, strict=True))
+    cut, _ = causal_attention(*(each[:71] for each in own), [71], scaling)
+    assert torch.equal(cut, alone[:71])
 
 
 def _adapters(width: int, sizes: list[int]) -> tuple[list[AdapterRows], list[list[tuple[int, int]]]]:

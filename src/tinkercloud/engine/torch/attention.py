@@ -13,10 +13,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from tinkercloud.engine.torch.kernels.causal import LONGEST, causal_attention, causal_attention_backward
+from tinkercloud.engine.torch.kernels.products import have_products
 from tinkercloud.engine.types import OperationError
 
 IMPLEMENTATION = "tinkercloud"
@@ -174,10 +177,27 @@ def with_sink_column(mask: Tensor) -> Tensor:
     return pad(mask, (1, 0), value=mask.dtype == torch.bool)
 
 
+class _Causal(torch.autograd.Function):
+    """Attention of sequences back to back by a kernel of our own: [T, H, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scaling: float) -> Tensor:
+        output, sums = causal_attention(query, key, value, lengths, scaling)
+        ctx.save_for_backward(query, key, value, output, sums)
+        ctx.lengths, ctx.scaling = lengths, scaling
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor | None, ...]:
+        return *causal_attention_backward(*ctx.saved_tensors, d_output, ctx.lengths, ctx.scaling), None, None
+
+
 class PackedAttention:
     """Causal attention within each of several sequences that lie back to back, never across them.
 
-    Neighbours of the same length run as one batch, each sequence with the same result as alone.
+    Sequences up to `LONGEST` tokens, that look through no window, have a kernel of their own where there are kernels.
+    Else neighbours of the same length run as one batch, each sequence with the same result as alone.
     """
 
     remembers = False
@@ -200,20 +220,46 @@ class PackedAttention:
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
+        plain = softcap is None and sinks is None and query.shape[-1] == value.shape[-1] and have_products(query)
+        longest = min(sliding_window or LONGEST, LONGEST) if plain else 0
+        spans = [
+            (fits, [run for run, _ in span])
+            for fits, span in groupby(zip(self.runs, self.rows, strict=True), key=lambda run: run[0][0] <= longest)
+        ]
+        sizes = [sum(length * count for length, count in runs) for _, runs in spans]
         # One split each, not slices: a slice's backward writes a whole zero tensor.
-        parts = [part[0].transpose(0, 1).split(self.rows) for part in (query, key, value)]
+        parts = [part[0].transpose(0, 1).split(sizes) for part in (query, key, value)]
         outputs = []
-        for (length, count), *run in zip(self.runs, *parts, strict=True):
+        for (fits, runs), *span in zip(spans, *parts, strict=True):
+            if fits:
+                lengths = [length for length, count in runs for _ in range(count)]
+                outputs.append(_Causal.apply(*span, lengths, scaling))
+            else:
+                how = dict(scaling=scaling, softcap=softcap)
+                outputs += self._run_by_run(runs, span, sliding_window, sinks, **how)
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
+
+    def _run_by_run(
+        self,
+        runs: Sequence[tuple[int, int]],
+        parts: Sequence[Tensor],
+        sliding_window: int | None,
+        sinks: Tensor | None,
+        **how: Any,
+    ) -> list[Tensor]:
+        """The outputs [rows, Hq, D] of runs of equally long sequences, of queries, keys and values [T, H, D]."""
+        outputs = []
+        rows = [length * count for length, count in runs]
+        for (length, count), *run in zip(runs, *(part.split(rows) for part in parts), strict=True):
             q, k, v = (part.unflatten(0, (count, length)).transpose(1, 2) for part in run)
             own = None if sinks is None else sinks.unsqueeze(1)
-            how = dict(scaling=scaling, softcap=softcap)
             if sliding_window and length > sliding_window:
                 output = self._through_window(q, k, v, sliding_window, own, **how)
             else:
                 own = None if own is None else own.expand(-1, length)
                 output = dense_attention(q, k, v, mask=None, sinks=own, **how)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).unsqueeze(0)
+        return outputs
 
     def scan(self, layer: int, rows: tuple[Tensor, ...], scan: Scan) -> Tensor:
         """See `Attention`; every sequence is whole. A backward pass scans short ones again, a few at a time."""
