@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from typing import Any
@@ -20,6 +21,7 @@ class S3:
     def __init__(self) -> None:
         from moto.server import ThreadedMotoServer
 
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)  # which has a line for each request
         self._make = ThreadedMotoServer
         self._server = self._make(ip_address="127.0.0.1", port=0, verbose=False)
         self._server.start()

@@ -118,7 +118,7 @@ def before_the_next_append(service, monkeypatch, happens):
 def without_snapshots(monkeypatch):
     """As if every crash came just before a snapshot."""
 
-    async def none(run, engine):
+    async def none(runs, engine):
         pass
 
     monkeypatch.setattr(TrainingRun, "snapshot", none)

@@ -307,6 +307,12 @@ def test_a_crash_between_two_steps_leaves_nothing_for_long(serving, run, tmp_pat
         settings = Settings.load(data_dir=data, checkpoints_url=url)
         owner = json.loads((tmp_path / "store" / "owner.json").read_text())["data_directory"]
         assert owner == id_of(settings.data_dir)
+        (data / "store_id").unlink()  # as a backup is restored
+        with pytest.raises(UnusableStore, match="another data directory"):
+            async with serving(checkpoints_url=url):
+                pass
+        async with serving():
+            pass  # whoever was refused has let go of the data directory
 
     run(story)
 

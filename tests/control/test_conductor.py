@@ -9,10 +9,12 @@ import httpx
 
 from tests.control.conftest import BATCH, NANO, Client
 from tinkercloud.api.app import create_app
+from tinkercloud.codec import decode
 from tinkercloud.config import Settings
 from tinkercloud.control import conductor
 from tinkercloud.control.training_run import TrainingRun
-from tinkercloud.engine.types import ForwardBackward, LossOutput
+from tinkercloud.engine.types import ForwardBackward, LossOutput, TrainOperation
+from tinkercloud.ledger.records import SnapshotRecord
 
 
 def test_a_database_that_fails_again_and_again_delays_a_run(serving, run, tmp_path, monkeypatch, caplog):
@@ -95,5 +97,38 @@ def test_an_operation_waits_for_the_snapshot_of_one_idle_run_at_most(shared, mon
         loop._work.set()
         assert isinstance(await client.result(await sent), LossOutput)
         assert events[:2] == ["snapshot", "cycle"]
+
+    shared(story)
+
+
+def test_runs_are_put_on_disk_together(shared, monkeypatch, caplog, undisturbed):
+    """What is wrong with one of them is that one's alone: it is rebuilt from its log."""
+
+    async def story(service):
+        served = service.models.get(NANO)
+        await served.conductor.park_all()  # of the other tests
+        engine, insert, cycles = await served.engine.running(), service._ledger.insert, []
+        clients = [await Client.create(service) for _ in range(3)]
+        losses = [await client.steps(2) for client in clients]
+        run_cycle = engine.run_cycle
+
+        async def seen(operations):
+            cycles.append([type(decode(each, TrainOperation)).__name__ for each in operations])
+            return await run_cycle(operations)
+
+        async def unreliable(record):
+            if isinstance(record, SnapshotRecord) and record.model_id == clients[1].model.model_id:
+                raise OSError("this one is not recorded")
+            return await insert(record)
+
+        with monkeypatch.context() as failing:
+            failing.setattr(engine, "run_cycle", seen)
+            failing.setattr(service._ledger, "insert", unreliable)
+            await served.conductor.park_all()
+        assert cycles == [["SaveWeights"] * 3, ["DropModel"] * 3] and "this one is not recorded" in caplog.text
+        for client, before in zip(clients, losses, strict=True):
+            recorded = await service._ledger.find(SnapshotRecord, model_id=client.model.model_id)
+            assert len(recorded) == (client is not clients[1])
+            assert before + await client.steps(1) == undisturbed[:3]
 
     shared(story)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -13,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engine import reference
-from tests.engine.examples import forward_backward, gradient_of, make_datum, parameters_of, run, shaken
+from tests.engine.examples import forward_backward, gradient_of, make_datum, parameters_of, run, shaken, together
 from tinkercloud.engine.peft_layout import read_adapter_config
+from tinkercloud.engine.torch import checkpoints
 from tinkercloud.engine.types import (
     AdamParams,
     CreateModel,
@@ -147,6 +149,30 @@ def test_a_name_is_taken_until_it_is_replaced_whole(trainer_of, tmp_path):
     (loaded,) = run(trainer, LoadWeights("n", str(folder)))
     assert isinstance(loaded, LoadOutput)
     assert torch.equal(parameters_of(trainer, "n"), parameters_of(trainer, "m"))
+
+
+def test_what_is_saved_together_is_each_ones_own(trainer_of, tmp_path, monkeypatch):
+    trainer = trainer_of()
+    names = [f"m{number}" for number in range(4)]
+    for number, name in enumerate(names):
+        run(trainer, CreateModel(name, LoraConfig(rank=2, seed=number)))
+    (tmp_path / "m1").mkdir()
+    sync = checkpoints._sync
+
+    def unreliable(folder):
+        if folder.name.startswith(".m3."):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return sync(folder)
+
+    monkeypatch.setattr(checkpoints, "_sync", unreliable)
+    saved = together(trainer, *(SaveWeights(name, str(tmp_path / name)) for name in names))
+    assert [type(result) for result in saved] == [SaveOutput, Failure, SaveOutput, Failure]
+    assert [result.category for result in saved[1::2]] == ["user", "server"]
+    assert "could not be written, and nothing is left of them ([Errno 28] No space" in saved[3].error
+    for name in ("m0", "m2"):
+        run(trainer, LoadWeights(f"{name} again", str(tmp_path / name)))
+        assert torch.equal(parameters_of(trainer, f"{name} again"), parameters_of(trainer, name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m0", "m1", "m2"]
 
 
 # ---------------------------------------------------------------- refusals

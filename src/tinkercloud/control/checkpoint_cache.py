@@ -28,6 +28,9 @@ STREAMS = 4
 IN_USE_SECONDS = 600.0
 """What was used this recently is not evicted: somebody may be reading it."""
 
+CLAIM_SECONDS = 5.0
+"""How long a start waits for the store."""
+
 STOP_SECONDS = 15.0
 """How long a stop waits for what is on its way; the rest is sent again, or removed, after the next start."""
 
@@ -97,6 +100,15 @@ class CheckpointCache:
             await self._in_thread(lambda: self.store.remove(key_of(folder)))
         except (StoreUnavailable, NotFound, UnusableStore) as error:
             log.warning("%s is not needed any more and stays in the store until the next start: %s", folder, error)
+
+    async def claim(self) -> None:
+        """Take the store for this data directory, before anything is put there; what does not answer soon is asked
+        again by the first save. UnusableStore if it is another's."""
+        try:
+            async with asyncio.timeout(CLAIM_SECONDS):
+                await self._in_thread(self.store.claim)
+        except (StoreUnavailable, NotFound, TimeoutError) as error:
+            log.warning("the store of the checkpoints does not answer now: %s", error or self.store.url)
 
     async def keys(self) -> set[str]:
         """What the store has. StoreUnavailable, UnusableStore if it is another data directory's."""

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from msgspec.structs import replace
 from sqlalchemy.exc import SQLAlchemyError
@@ -28,7 +28,7 @@ from tinkercloud.control.run_end import RunEnd, finished, unloaded
 from tinkercloud.control.sampler_desk import SamplerDesk
 from tinkercloud.control.storage import Storage
 from tinkercloud.control.suspects import MAX_DEATHS, RETRY_SECONDS
-from tinkercloud.control.training_run import ReplayError, TrainingRun
+from tinkercloud.control.training_run import ReplayError, TrainingRun, all_of
 from tinkercloud.engine.types import BaseModelInfo, ClearGradients, DropModel, Failure, LoadOutput, Result, SaveOutput
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.ledger import Ledger
@@ -47,6 +47,9 @@ LOST_STATE = (
     "create_training_client_from_state"
 )
 """What the client of a run can do whose state cannot be rebuilt."""
+
+SAVED_TOGETHER = 32
+"""Runs that are put on disk together: their files wait for the disk at the same time, and their records too."""
 
 PUBLISH_SECONDS = 15.0
 """How long a stop waits for checkpoints that are on their way to the store."""
@@ -154,14 +157,16 @@ class Conductor:
             if self._engine.state != "ready":
                 return  # nothing is resident, and what is on disk is enough to rebuild it
             engine = await self._engine.running()
-            for model_id in model_ids:
-                if (run := self._runs.get(model_id)) is not None:
-                    try:
-                        await run.park(engine)
-                    except EngineDied:
-                        return
-                    except PASSING:  # the ledger has the log: the run is rebuilt from it
-                        log.exception("training run %s could not be put on disk", model_id)
+            runs = [self._runs[model_id] for model_id in model_ids if model_id in self._runs]
+            for start in range(0, len(runs), SAVED_TOGETHER):
+                together = runs[start : start + SAVED_TOGETHER]
+                try:
+                    await TrainingRun.park(together, engine)
+                except EngineDied:
+                    return
+                except PASSING:  # the ledger has the logs: the runs are rebuilt from them
+                    names = ", ".join(run.model_id for run in together)
+                    log.exception("one or more of these training runs could not be put on disk: %s", names)
 
     async def end_runs(self, model_ids: list[str], why: Callable[[str], str] = finished) -> None:
         """Let go of the runs of a finished session, after the running cycle."""
@@ -268,7 +273,7 @@ class Conductor:
             return
         for run in late:
             async with self._between_cycles:
-                await run.snapshot(engine)
+                await TrainingRun.snapshot([run], engine)
             if self._runnable():
                 return  # the others have time until there is nothing to do again
 
@@ -311,7 +316,7 @@ class Conductor:
         try:
             engine = await self._engine.running()
         except Unavailable as error:
-            await _all(*(self._end(run, Failure(str(error), "server")) for run in runs))
+            await all_of(*(self._end(run, Failure(str(error), "server")) for run in runs))
             return
         ready: list[tuple[TrainingRun, bytes]] = []
         for run in (run for run in runs if self._may_run(run, engine.info)):  # it may have been loaded just now
@@ -339,11 +344,11 @@ class Conductor:
                 self._publishing[run.model_id] = task
             else:
                 ended.append((run, result))
-        await _all(*(self._end(run, result, times) for run, result in ended))
-        for run, result in ended:
-            # A load should not be replayed for long: until a snapshot has passed it, its checkpoint's files are held.
-            if isinstance(result, LoadOutput) or run.wants_snapshot(self._settings, time.monotonic()):
-                await run.snapshot(engine)
+        await all_of(*(self._end(run, result, times) for run, result in ended))
+        # A load should not be replayed for long: until a snapshot has passed it, its checkpoint's files are held.
+        now = time.monotonic()
+        full = [run for run, end in ended if isinstance(end, LoadOutput) or run.wants_snapshot(self._settings, now)]
+        await TrainingRun.snapshot(full, engine)
 
     async def _publish(self, run: TrainingRun, saved: SaveOutput, times: Times) -> None:
         """Put what a run's turn has saved into the store; then the turn has ended, and only then."""
@@ -502,10 +507,3 @@ class Conductor:
         if self.failure is not None:
             error = None if task.cancelled() else task.exception()
             log.critical("%s: %s", self._engine.name, self.failure, exc_info=error)
-
-
-async def _all(*endings: Coroutine[Any, Any, None]) -> None:
-    """Wait for every one of them, then raise what the first raised that did."""
-    for result in await asyncio.gather(*endings, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result

@@ -105,6 +105,8 @@ class Service:
             )
         try:
             service = cls(settings, ledger, keys, on_progress)
+            if service._cache is not None:
+                await service._cache.claim()
         except UnusableStore:
             await keys.close()
             await ledger.close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 from tinkercloud.codec import decode, encode
 from tinkercloud.config import Settings
@@ -193,31 +196,44 @@ class TrainingRun:
                 f"{replayed.metrics} where it had been {before.metrics}"
             )
 
-    async def snapshot(self, engine: EngineHandle) -> None:
-        """Write the run's whole state, and forget the log behind it as far as recovery is concerned. Nothing if
-        `engine` does not have it. EngineDied."""
-        if not self.resident(engine):
-            return
-        seq_id = self._applied_seq
-        folder = snapshot_folder(self.model_id, seq_id)
-        save = SaveWeights(self.model_id, folder, with_optimizer=True, with_gradients=True, replace=True)
-        (result,) = await engine.run_cycle([encode(save)])
+    @staticmethod
+    async def snapshot(runs: Sequence[TrainingRun], engine: EngineHandle) -> None:
+        """Write whole states together, and forget the logs behind them as far as recovery is concerned; not of runs
+        whose state `engine` does not have. EngineDied, and what the ledger raises of one when all have been tried."""
+        there = [run for run in runs if run.resident(engine)]
+        saves = [
+            SaveWeights(run.model_id, run._newest_snapshot, with_optimizer=True, with_gradients=True, replace=True)
+            for run in there
+        ]
+        results = await engine.run_cycle([encode(save) for save in saves]) if saves else ()
+        await all_of(*(run._has_saved(result) for run, result in zip(there, results, strict=True)))
+
+    @property
+    def _newest_snapshot(self) -> str:
+        return snapshot_folder(self.model_id, self._applied_seq)
+
+    async def _has_saved(self, result: Result) -> None:
         if isinstance(result, Failure):
-            log.error("no snapshot of %s after operation %d: %s", self.model_id, seq_id, result.error)
+            log.error("no snapshot of %s after operation %d: %s", self.model_id, self._applied_seq, result.error)
             return
-        await self._ledger.insert(SnapshotRecord(self.model_id, seq_id, folder, time.time()))
+        await self._ledger.insert(SnapshotRecord(self.model_id, self._applied_seq, self._newest_snapshot, time.time()))
         for record in await self._ledger.prune_snapshots(self.model_id):
             await self._storage.free(record.folder)
         await self._storage.unpin(self.model_id)
         self.unsaved_operations = self.unsaved_bytes = 0
 
-    async def park(self, engine: EngineHandle) -> None:
-        """Put the state on disk and free the engine's memory; the next operation brings it back. EngineDied."""
-        if not self.resident(engine):
-            return
-        if self.unsaved_operations:
-            await self.snapshot(engine)
-        await self.release(engine)
+    @staticmethod
+    async def park(runs: Sequence[TrainingRun], engine: EngineHandle) -> None:
+        """Put states on disk and free the engine's memory; the next operation brings each back. EngineDied, and as
+        `snapshot`: whatever could not be put on disk is rebuilt from the log."""
+        there = [run for run in runs if run.resident(engine)]
+        try:
+            await TrainingRun.snapshot([run for run in there if run.unsaved_operations], engine)
+        finally:
+            for run in there:
+                run._resident_in = None
+            if there:
+                await engine.run_cycle([encode(DropModel(run.model_id)) for run in there])
 
     async def release(self, engine: EngineHandle | None) -> None:
         """Free the engine's memory without saving anything. EngineDied."""
@@ -227,3 +243,10 @@ class TrainingRun:
 
     async def _drop(self, engine: EngineHandle) -> None:
         await engine.run_cycle([encode(DropModel(self.model_id))])
+
+
+async def all_of(*endings: Coroutine[Any, Any, None]) -> None:
+    """Wait for every one of them, then raise what the first raised that did."""
+    for result in await asyncio.gather(*endings, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result

@@ -51,7 +51,36 @@ class SavedAdapter(NamedTuple):
 # ---------------------------------------------------------------- writing
 
 
-def save_adapter(
+DRAFT = ".draft"
+"""How the name of a folder ends that is being written."""
+
+
+class Draft(NamedTuple):
+    """An adapter's files, written and not synced, beside the folder that they are to be."""
+
+    files: Path
+    folder: Path
+
+    def publish(self) -> int:
+        """Sync the files and give them their place, whole; their size in bytes. Waits for the disk, and for nothing
+        else: several may be published at a time."""
+        try:
+            size = _sync(self.files)
+            if self.folder.exists():
+                old = self.folder.with_name(f"{self.files.name.removesuffix(DRAFT)}.old")
+                self.folder.rename(old)
+                self.files.rename(self.folder)
+                shutil.rmtree(old)
+            else:
+                self.files.rename(self.folder)
+            _sync_directory(self.folder.parent)
+        except BaseException:
+            shutil.rmtree(self.files, ignore_errors=True)
+            raise
+        return size
+
+
+def draft_adapter(
     adapter: Adapter,
     model: BaseModel,
     folder: Path,
@@ -60,17 +89,16 @@ def save_adapter(
     with_gradients: bool,
     replace: bool,
     external_to: Sequence[str] | None = None,
-) -> int:
-    """Write an adapter to `folder`; its size in bytes. OperationError if it is there and `replace` is not set.
-    `external_to`: as external weights, encrypted to these keys.
+) -> Draft:
+    """Write an adapter beside `folder`, where `publish` moves it. OperationError if that is there and `replace` is not
+    set. `external_to`: as external weights, encrypted to these keys.
 
-    Everything is written and synced beside it first and renamed then, so a crash leaves the old folder or the new one.
+    A crash leaves the old folder or the new one.
     """
     if folder.exists() and not replace:
         raise OperationError(f"there is already a checkpoint {folder.name!r}; choose another name or replace it")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unique = uuid.uuid4().hex[:8]
-    draft = folder.with_name(f".{folder.name}.{unique}.draft")
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{DRAFT}")
     draft.mkdir()
     try:
         if external_to is None:
@@ -80,19 +108,10 @@ def save_adapter(
                 _write_files(adapter, model, Path(plain), with_optimizer=False, with_gradients=False)
                 write_external(Path(plain), draft, external_to)
         write_checksums(draft)
-        size = _sync(draft)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.{unique}.old")
-            folder.rename(old)
-            draft.rename(folder)
-            shutil.rmtree(old)
-        else:
-            draft.rename(folder)
-        _sync_directory(folder.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    return size
+    return Draft(draft, folder)
 
 
 def _write_files(adapter: Adapter, model: BaseModel, folder: Path, with_optimizer: bool, with_gradients: bool) -> None:

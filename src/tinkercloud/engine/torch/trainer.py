@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from tinkercloud.engine.torch.adapter import Adapter, layout_of
 from tinkercloud.engine.torch.adapter_store import AdapterStore
 from tinkercloud.engine.torch.attention import PackedAttention
-from tinkercloud.engine.torch.checkpoints import read_adapter, read_training_state, save_adapter
+from tinkercloud.engine.torch.checkpoints import Draft, draft_adapter, read_adapter, read_training_state
 from tinkercloud.engine.torch.logprobs import TargetLogprobs
 from tinkercloud.engine.torch.lora import LoraBatch
 from tinkercloud.engine.torch.loss_run import LossRun
@@ -47,6 +48,9 @@ log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+SYNCED_TOGETHER = 16
+"""Saves that wait for the disk at a time."""
+
 
 class TorchTrainer:
     """See `engine.protocol.Trainer`."""
@@ -69,8 +73,11 @@ class TorchTrainer:
         for place, operation in enumerate(cycle):
             if isinstance(operation, ForwardBackward):
                 losses[operation.model_id] = place
-            else:
+            elif not isinstance(operation, SaveWeights):
                 results[place] = _guarded(self._run_alone, operation)
+        saves = {place: operation for place, operation in enumerate(cycle) if isinstance(operation, SaveWeights)}
+        for place, result in self._run_saves(saves, between).items():
+            results[place] = result
         for part in self._adapters.parts(list(losses)):
             operations = {place: cycle[place] for place in map(losses.__getitem__, part)}
             for place, result in self._run_losses(operations, between).items():
@@ -173,8 +180,6 @@ class TorchTrainer:
             case OptimStep(model_id, params) | AdamStep(model_id, params):
                 self._model.use_all_threads()
                 return StepOutput(take_step(self._adapter(model_id), params))
-            case SaveWeights():
-                return self._save(operation)
             case LoadWeights():
                 return self._load(operation)
             case ClearGradients(model_id):
@@ -185,8 +190,26 @@ class TorchTrainer:
                 raise TypeError(f"{type(operation).__name__} is no operation of a trainer")
         return Done()
 
-    def _save(self, operation: SaveWeights) -> SaveOutput:
-        size = save_adapter(
+    def _run_saves(self, operations: dict[int, SaveWeights], between: Callable[[], None]) -> dict[int, Result]:
+        """Write all of them, then wait for the disk once for several: it syncs many files in about the time of one."""
+        results: dict[int, Result] = {}
+        drafts: dict[int, Draft] = {}
+        for place, operation in operations.items():
+            if drafts:
+                between()
+            draft = _guarded(self._draft, operation)
+            (drafts if isinstance(draft, Draft) else results)[place] = draft
+        with ThreadPoolExecutor(min(len(drafts), SYNCED_TOGETHER) or 1, thread_name_prefix="sync") as threads:
+
+            def publish(place: int) -> SaveOutput | Failure:
+                size = _guarded(lambda _: drafts[place].publish(), operations[place])
+                return size if isinstance(size, Failure) else SaveOutput(operations[place].folder, size)
+
+            results |= zip(drafts, threads.map(publish, drafts), strict=True)
+        return results
+
+    def _draft(self, operation: SaveWeights) -> Draft:
+        return draft_adapter(
             self._adapter(operation.model_id),
             self._model,
             Path(operation.folder),
@@ -195,7 +218,6 @@ class TorchTrainer:
             replace=operation.replace,
             external_to=operation.recipients if operation.external else None,
         )
-        return SaveOutput(operation.folder, size)
 
     def _load(self, operation: LoadWeights) -> LoadOutput:
         folder = Path(operation.folder)
