@@ -12,7 +12,7 @@ from msgspec import structs
 from transformers import AutoModelForCausalLM
 
 from tests.engine.conftest import FAMILIES
-from tests.engine.examples import forward_backward, gradient_of, make_datum, run, shaken, together
+from tests.engine.examples import VOCAB, forward_backward, gradient_of, make_datum, run, shaken, together
 from tinkercloud.engine.torch.activations import Storages
 from tinkercloud.engine.torch.attention import PackedAttention
 from tinkercloud.engine.torch.model import BaseModel
@@ -143,6 +143,24 @@ def peak_of(folder, data, activation_bytes: int = 0, **how) -> tuple[int, Activa
 def test_a_pass_takes_about_what_was_measured(deep_folder):
     peak, memory = peak_of(deep_folder, LONG)
     assert 0.7 < peak / (200 * memory.per_token) < 1.05
+
+
+def test_logits_take_what_they_may_however_many_tokens_there_are(base_model, monkeypatch):
+    """Forwards and, once more, backwards."""
+    rows, logits = [], BaseModel.logits
+
+    def noted(model, hidden, lora):
+        rows.append(len(hidden))
+        return logits(model, hidden, lora)
+
+    monkeypatch.setattr(BaseModel, "logits", noted)
+    trainer = TorchTrainer(base_model("qwen3"), EngineOptions(name="qwen3", source="", logits_bytes=16 * VOCAB * 4))
+    run(trainer, CreateModel("m", LoraConfig(rank=2)))
+    for length in (20, 100):
+        rows.clear()
+        (result,) = run(trainer, forward_backward("m", [make_datum(1, length)] * 3))
+        assert isinstance(result, LossOutput)
+        assert max(rows) == 16 and sum(rows) == 2 * 3 * length
 
 
 def test_many_datums_stay_within_the_budget(deep_folder):

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.examples import forward_backward, make_datum, run, together
 from tinkercloud.engine.torch.shelf import StateLost
@@ -85,6 +86,36 @@ def test_two_hundred_adapters_train_in_the_memory_of_five(trainers):
     assert free.adapter_memory.idle == 0 and free.adapter_memory.resident_bytes > 15 * budget
     assert_same_state(free, tight, names)
     assert tight.adapter_memory.peak_bytes <= budget
+
+
+class Operators(TorchDispatchMode):
+    """How many were called."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_idle_adapters_cost_memory_and_no_work(trainers):
+    """With room for all of them."""
+    trainer, _ = trainers(1)
+    run(trainer, CreateModel("m", LoraConfig(**ATTN)))
+
+    def operators() -> int:
+        with Operators() as called:
+            results = run(trainer, forward_backward("m", [make_datum(1, 9)]), OptimStep("m", AdamParams(1e-2)))
+        assert not any(isinstance(result, Failure) for result in results)
+        return called.count
+
+    operators()  # makes its moments
+    alone = operators()
+    run(trainer, *(CreateModel(f"idle-{number}", LoraConfig(seed=number, **ATTN)) for number in range(100)))
+    assert trainer.adapter_memory.resident == 101
+    assert operators() == alone > 0
 
 
 def test_every_operation_finds_an_idle_adapter(trainers, tmp_path):

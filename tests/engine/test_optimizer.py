@@ -58,22 +58,24 @@ def test_steps_equal_torch(trainer_of, adam):
         assert gradient_of(trainer, "m") is None
 
 
+@pytest.mark.parametrize("params", [AdamParams(), DimuonParams(1e-2)], ids=["adamw", "dimuon"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_a_gradient_that_is_not_finite_is_refused_and_cleared(trainer_of, value):
-    trainer = trainer_of()
-    run(trainer, *shaken("m"), forward_backward("m", [make_datum(1, 20)]))
+def test_a_gradient_that_is_not_finite_is_refused_and_cleared(trainer_of, value, params):
+    trainer, is_adam, data = trainer_of(), isinstance(params, AdamParams), [make_datum(1, 20)]
+    run(trainer, CreateModel("m", LoraConfig(rank=8), "adamw" if is_adam else "dimuon"))
+    run(trainer, forward_backward("m", data), OptimStep("m", params), forward_backward("m", data))
     adapter = trainer._adapters["m"]
     state = [tensor.clone() for tensor in (adapter.parameters, *adapter.moments.values())]
-    assert len(state) == 3
+    assert len(state) == (3 if is_adam else 2)
     adapter.gradient[5] = value
-    (failure,) = run(trainer, OptimStep("m", AdamParams()))
+    (failure,) = run(trainer, OptimStep("m", params))
     assert isinstance(failure, Failure)
     assert failure.category == "user"
     assert "not finite" in failure.error
     for before, after in zip(state, (adapter.parameters, *adapter.moments.values()), strict=True):
         assert torch.equal(before, after)
     assert (adapter.steps, adapter.gradient) == (1, None)
-    results = run(trainer, forward_backward("m", [make_datum(1, 20)]), OptimStep("m", AdamParams()))
+    results = run(trainer, forward_backward("m", data), OptimStep("m", params))
     assert isinstance(results[1], StepOutput)
 
 
