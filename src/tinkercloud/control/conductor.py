@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import NamedTuple
 
 from msgspec.structs import replace
@@ -23,6 +24,7 @@ from tinkercloud.control.folders import checkpoint_path, is_stored
 from tinkercloud.control.gathering import Gathering
 from tinkercloud.control.metering import tokens_of
 from tinkercloud.control.outcomes import SamplerDetails, SaveDetails, conclude, details_of
+from tinkercloud.control.publications import Publications
 from tinkercloud.control.quotas import beyond_storage
 from tinkercloud.control.run_end import RunEnd, finished, unloaded
 from tinkercloud.control.sampler_desk import SamplerDesk
@@ -32,7 +34,7 @@ from tinkercloud.control.training_run import ReplayError, TrainingRun, all_of
 from tinkercloud.engine.types import BaseModelInfo, ClearGradients, DropModel, Failure, LoadOutput, Result, SaveOutput
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.ledger import Ledger
-from tinkercloud.ledger.order import ModelLog
+from tinkercloud.ledger.order import ModelLog, Turn
 from tinkercloud.ledger.records import CatalogRecord, CheckpointRecord, Entry, ModelRecord, Outcome, SamplerRecord
 from tinkercloud.ledger.timeline import Times
 from tinkercloud.scheduler.cycle import Waiting, charge, next_cycle
@@ -50,9 +52,6 @@ LOST_STATE = (
 
 SAVED_TOGETHER = 32
 """Runs that are put on disk together: their files wait for the disk at the same time, and their records too."""
-
-PUBLISH_SECONDS = 15.0
-"""How long a stop waits for checkpoints that are on their way to the store."""
 
 GAP_CHECK_SECONDS = 5.0
 """How often, at least, the logs are looked through for gaps that stayed open too long."""
@@ -97,8 +96,7 @@ class Conductor:
         self._gathering = Gathering()
         self._between_cycles = asyncio.Lock()
         self._running = 0
-        self._publishing: dict[str, asyncio.Task[None]] = {}
-        """By run: the checkpoint that its turn has saved is on its way to the store. The run waits, others do not."""
+        self._publications = Publications(storage)
         self._served_tokens: dict[str, float] = {}
         self._deaths: Counter[str] = Counter()
         self._doubtful: list[TrainingRun] = []
@@ -188,11 +186,7 @@ class Conductor:
             self._stopping = True
             self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
-        if self._publishing:
-            _, late = await asyncio.wait(self._publishing.values(), timeout=PUBLISH_SECONDS)
-            for task in late:  # it is saved again after the next start
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+        await self._publications.settle()
         await self.park_all()
 
     @property
@@ -213,7 +207,7 @@ class Conductor:
     def unfinished(self) -> Unfinished:
         """What a stop has to wait for."""
         unsaved = (run for run in self._runs.values() if run.unsaved_operations and run.resident(self._engine.handle))
-        return Unfinished(self._running + len(self._publishing), sum(1 for _ in unsaved))
+        return Unfinished(self._running + len(self._publications), sum(1 for _ in unsaved))
 
     # ------------------------------------------------------------ the loop
 
@@ -285,7 +279,7 @@ class Conductor:
     def _may_run(self, run: TrainingRun, info: BaseModelInfo | None) -> bool:
         """Whether the run's turn is not running already, and the engine's weights are those that the run was made on;
         to be unloaded, it needs none."""
-        if run.model_id in self._publishing:
+        if run.model_id in self._publications:
             return False
         return fits(run.record, info) or (run.turn is not None and run.turn.entry.kind == "unload_model")
 
@@ -340,8 +334,8 @@ class Conductor:
             if isinstance(result, LoadOutput):
                 run.loaded_into(engine)
             if isinstance(result, SaveOutput) and is_stored(result.folder):
-                task = asyncio.create_task(self._publish(run, result, times), name=f"publish {result.folder}")
-                self._publishing[run.model_id] = task
+                then = partial(self._published, run, run.turn, times, result.folder)
+                self._publications.start(run.model_id, result, then, self._work.set)
             else:
                 ended.append((run, result))
         await all_of(*(self._end(run, result, times) for run, result in ended))
@@ -350,28 +344,17 @@ class Conductor:
         full = [run for run, end in ended if isinstance(end, LoadOutput) or run.wants_snapshot(self._settings, now)]
         await TrainingRun.snapshot(full, engine)
 
-    async def _publish(self, run: TrainingRun, saved: SaveOutput, times: Times) -> None:
-        """Put what a run's turn has saved into the store; then the turn has ended, and only then."""
-        turn = run.turn
-        try:
-            result: Result = saved
+    async def _published(self, run: TrainingRun, turn: Turn, times: Times, folder: str, result: Result) -> None:
+        """The store has what a run's turn has saved, or has not taken it: now the turn has ended."""
+        async with self._between_cycles:
+            if self._runs.get(run.model_id) is not run or run.turn is not turn:
+                await self._storage.free(folder)  # the run has ended meanwhile
+                return
             try:
-                await self._storage.publish(saved.folder)
-            except Unavailable as error:
-                why = f"the checkpoint was not saved: {error}. Nothing is left of it; save it again"
-                result = Failure(why, "server")
-            async with self._between_cycles:
-                if self._runs.get(run.model_id) is not run or run.turn is not turn:
-                    await self._storage.free(saved.folder)  # the run has ended meanwhile
-                    return
-                try:
-                    await self._end(run, result, times)
-                except Exception:
-                    log.exception("%s was published and not recorded; it is saved again", saved.folder)
-                    self._doubtful.append(run)
-        finally:
-            self._publishing.pop(run.model_id, None)
-            self._work.set()
+                await self._end(run, result, times)
+            except Exception:
+                log.exception("%s was published and not recorded; it is saved again", folder)
+                self._doubtful.append(run)
 
     async def _prepared(self, run: TrainingRun, engine: EngineHandle) -> bytes | Failure:
         """As `_prepare`, but what is wrong with one run is that run's alone."""
