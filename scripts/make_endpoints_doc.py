@@ -20,8 +20,8 @@ under `/docs`.
 
 The protocol is Tinker's: the official SDK is the reference client, and its types say what each field means. JSON bodies
 may have fields that are not listed here; they are ignored, except in the objects marked *options*, where an unknown
-field with a value is an error. Errors are `{"detail": "..."}` with 400, 403, 404, 410, 413 or 422; 429 and 503 come
-with `retry-after`. Requests that make a future answer `{"request_id", "model_id"}`; the result comes from
+field with a value is an error. Errors are `{"detail": "..."}` with 400, 401, 403, 404, 405, 410, 413 or 422; 429 and
+503 come with `retry-after`. Requests that make a future answer `{"request_id", "model_id"}`; the result comes from
 `retrieve_future`.
 """
 

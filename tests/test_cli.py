@@ -83,6 +83,7 @@ def test_keys_are_made_listed_and_revoked(tmp_path):
     def keys(*arguments: str) -> Result:
         return CliRunner().invoke(app, ["keys", *arguments, "--data-dir", str(tmp_path)])
 
+    assert "no server has ever worked in" in str(keys("list").exception) and not list(tmp_path.iterdir())
     limits = ("--max-models", "2", "--max-storage", "50GB", "--max-daily-tokens", "1000000")
     made = keys("create", "alice", "--name", "laptop", "--expires", "30d", "--project", "p", *limits)
     secret = made.stdout.strip()

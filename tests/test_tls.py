@@ -39,11 +39,19 @@ def test_a_server_with_keys_and_a_certificate_is_for_everybody_on_the_network(tm
         mine = httpx.get(sessions, verify=trusted, headers={"X-API-Key": secret, "Host": "tinker.example"})
         assert mine.json() == {"sessions": []}
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TINKER")}
-        environ |= {"TINKERCLOUD_TLS_CERT": cert, "TINKERCLOUD_TLS_KEY": key, "TINKERCLOUD_DATA_DIR": str(data_dir)}
-        command = [sys.executable, "-m", "tinkercloud", "models", "list"]
-        environ |= {"TINKERCLOUD_PORT": str(server.port), "TINKER_API_KEY": secret}
-        listed = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
-        assert "tinkercloud/nano" in listed.stdout, "alice may not, whoever can read the data directory may"
+        environ |= {"TINKERCLOUD_DATA_DIR": str(data_dir), "TINKER_API_KEY": secret}
+
+        def list_models(*options: str, **more: str) -> subprocess.CompletedProcess[str]:
+            command = [sys.executable, "-m", "tinkercloud", "models", "list", *options]
+            return subprocess.run(command, capture_output=True, text=True, env=environ | more, timeout=60)
+
+        assert "tinkercloud/nano" in list_models().stdout, "alice may not, whoever can read the data directory may"
+        by_name = ("--url", server.url)
+        assert "set SSL_CERT_FILE" in list_models(*by_name).stderr
+        assert "tinkercloud/nano" in list_models(*by_name, SSL_CERT_FILE=cert).stdout
+    (other := tmp_path / "other").mkdir()
+    assert f"no server runs on {data_dir}" in list_models().stderr, "it has said that it stops"
+    assert f"no server runs on {other}" in list_models(TINKERCLOUD_DATA_DIR=str(other)).stderr
 
 
 def test_a_certificate_that_is_none_is_refused_in_one_sentence(tmp_path):

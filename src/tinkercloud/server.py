@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -17,6 +18,7 @@ sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
 import uvicorn
 
+from tinkercloud import running
 from tinkercloud.api import tokens
 from tinkercloud.config import Settings, is_loopback, server_url
 from tinkercloud.control.checkpoint_store import UnusableStore
@@ -41,12 +43,12 @@ def run(
     settings: Settings,
     on_progress: OnProgress = lambda model, fraction, text: None,
     on_listening: Callable[[str], None] = lambda url: None,
-    on_ready: Callable[[], None] = lambda: None,
+    on_ready: Callable[[list[str]], None] = lambda models: None,
     on_stopping: Callable[[Unfinished], None] = lambda unfinished: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. Returns when everything is on disk and every engine has ended.
 
-    `on_listening` gets the URL, before the base models are loaded; `on_ready` is called once when they all are,
+    `on_listening` gets the URL, before the base models are loaded; `on_ready` once when they all are, with their names;
     `on_stopping` at every signal, with what the stop waits for. Raises StartError if a base model cannot be loaded or
     the data folder not be used, OSError if the port is taken.
     """
@@ -65,7 +67,7 @@ async def _serve(
     settings: Settings,
     on_progress: OnProgress,
     on_listening: Callable[[str], None],
-    on_ready: Callable[[], None],
+    on_ready: Callable[[list[str]], None],
     on_stopping: Callable[[Unfinished], None],
 ) -> None:
     listener = _bind(settings)
@@ -114,10 +116,12 @@ async def _serve(
             "keys and data travel unencrypted: give --set tls_cert=FILE and --set tls_key=FILE, or let a proxy in "
             "front of this server speak HTTPS"
         )
-    on_listening(server_url(*listener.getsockname()[:2], tls=settings.tls_cert is not None))
+    on_listening(_url_for(socket.gethostname(), listener, settings))
+    running.announce(settings.data_dir, _running(listener, settings))
     try:
         await server.serve(sockets=[listener])
     finally:
+        running.withdraw(settings.data_dir)
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
@@ -156,11 +160,23 @@ def _bind(settings: Settings) -> socket.socket:
     return listener
 
 
-async def _announce_ready(service: Service, server: uvicorn.Server, on_ready: Callable[[], None]) -> None:
+def _url_for(any_address: str, listener: socket.socket, settings: Settings) -> str:
+    """Where the server is found; `any_address` stands for the machine's own, where it listens on all of them."""
+    host, port = listener.getsockname()[:2]
+    return server_url(any_address if host in ("0.0.0.0", "::") else host, port, tls=settings.tls_cert is not None)
+
+
+def _running(listener: socket.socket, settings: Settings) -> running.Running:
+    loopback = "::1" if listener.family == socket.AF_INET6 else "127.0.0.1"
+    certificate = str(settings.tls_cert.absolute()) if settings.tls_cert else None
+    return running.Running(_url_for(loopback, listener, settings), certificate, os.getpid())
+
+
+async def _announce_ready(service: Service, server: uvicorn.Server, on_ready: Callable[[list[str]], None]) -> None:
     """Tell when all preloaded models are there; end the server when one of them never will be."""
     with contextlib.suppress(asyncio.CancelledError):
         await service.models.settled()
         if service.models.failures():
             server.should_exit = True
         elif not server.should_exit:
-            on_ready()
+            on_ready([served.engine.name for served in service.models if served.engine.state == "ready"])

@@ -311,6 +311,11 @@ def test_loading_in_both_forms(run):
     assert run.result(made["request_id"])["model_id"] == made["model_id"]
     run.id, run.seq = made["model_id"], 0
     assert run.train_on() == resumed
+    wider = {"rank": 8, "train_unembed": False}
+    other = run.post("create_model", session_id=run.session, model_seq_id=6, base_model=MODEL, lora_config=wider)
+    refused = run.send("load_weights", model_id=other["model_id"], seq_id=1, path=path, optimizer=True)
+    assert refused.status_code == 400
+    assert ": rank 4 and not 8, train_unembed True and not False; create" in refused.json()["detail"]
 
 
 def test_an_unloaded_run_is_still_listed(run):

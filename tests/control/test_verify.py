@@ -88,7 +88,7 @@ def test_damage_is_found(serving, run, tmp_path):
         assert [what for what in lost if said in what], (said, lost)
     assert len(lost) == 5
     broken = fsck(data)
-    assert broken.returncode == 1 and "5 of 7 found need mending" in broken.stdout and "backup" in broken.stdout
+    assert broken.returncode == 1 and "To mend: 5 of 7." in broken.stdout and "backup" in broken.stdout
 
 
 def test_what_is_no_data_directory_is_said(tmp_path):

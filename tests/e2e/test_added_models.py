@@ -59,7 +59,7 @@ def test_an_added_model_is_served_until_it_is_removed(server, tmp_path, folder):
     server.start()
     log = server.log.read_text()
     assert "me/mine, which `models add` has added, is not served" in log and str(folder) in log
-    assert "1 training run(s) that have not ended wait for base model me/mine" in log
+    assert "1 training run that has not ended waits for base model me/mine" in log
     assert list(served(server)) == [NANO]
     waiting = run.sdk.forward(GOOD, "cross_entropy")
     drawn = sampler.compute_logprobs(PROMPT)

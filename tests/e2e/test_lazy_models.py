@@ -128,6 +128,7 @@ def test_a_model_without_a_tokenizer_is_served_with_a_warning(server, tmp_path):
     with Server(tmp_path / "data", "--model", f"me/mute={tmp_path}") as mute:
         run = Run(mute.url, "me/mute")
         run.trains_on()
+        assert run.sdk.get_info().model_data.tokenizer_id == "me/mute", "no folder: its tokenizer would be an empty one"
         run.close()
         listed = command(mute, "checkpoints", "list")
         assert (listed.returncode, listed.stdout, listed.stderr) == (0, "", "No checkpoints yet.\n")

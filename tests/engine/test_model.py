@@ -211,6 +211,16 @@ def test_missing_weights_are_not_made_up(model_folder, tmp_path):
         _load(folder)
 
 
+def test_weights_that_are_no_numbers_are_refused(model_folder, tmp_path):
+    """What is computed with one of them need not show it: a short sequence may stay finite."""
+    folder = shutil.copytree(model_folder("qwen3"), tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OperationError, match=r"layers\.1\.self_attn\.q_proj\S* have numbers that are not finite"):
+        _load(folder)
+
+
 def test_a_damaged_weights_file_is_refused(model_folder, tmp_path):
     folder = tmp_path / "damaged"
     folder.mkdir()

@@ -64,8 +64,8 @@ def _unroutable(request: Request, error: HTTPException) -> Response:
     detail = error.detail
     if error.status_code in (404, 405):
         detail = (
-            f"there is no {request.method} {request.url.path} here. What of the Tinker API this server does not serve "
-            "yet is listed in its README; /docs has what it serves"
+            f"there is no {request.method} {request.url.path} here; this is a tinkercloud server, and /docs on it has "
+            "all that it serves"
         )
     return Json({"detail": detail}, error.status_code, error.headers)
 

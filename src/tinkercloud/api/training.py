@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -21,6 +22,7 @@ from tinkercloud.api.wire import json_arrays, protobuf
 from tinkercloud.api.wire.arrays import Batch
 from tinkercloud.api.wire.body import PROTOBUF, Unreadable, is_protobuf, off_loop, read_body
 from tinkercloud.api.wire.reading import as_request, read
+from tinkercloud.base_models import has_tokenizer
 from tinkercloud.control.service import Service
 from tinkercloud.engine.types import BaseModelInfo, ForwardBackward, OptimStep
 from tinkercloud.errors import InvalidRequest
@@ -77,8 +79,10 @@ def tokenizer_id(info: BaseModelInfo, request: Request) -> str:
     except ValueError:
         here = False
     here = here and request.app.state.settings.clients_on_this_machine
-    # The SDK cuts a tokenizer_id at its first colon, so such a folder cannot be named.
-    return info.folder if here and not is_hub_folder(info) and ":" not in info.folder else info.name
+    # The SDK cuts a tokenizer_id at its first colon, so such a folder cannot be named. From one that has no tokenizer
+    # transformers would make an empty one, without a word.
+    named = not is_hub_folder(info) and ":" not in info.folder and has_tokenizer(Path(info.folder))
+    return info.folder if here and named else info.name
 
 
 @router.post(

@@ -194,15 +194,16 @@ def _sampling_params(given: wire.SamplingParams, prompt_tokens: int, info: BaseM
     room = info.max_context - prompt_tokens
     if room < 1:
         raise InvalidRequest(
-            f"prompt has {prompt_tokens} tokens, and {info.name}'s context window of {info.max_context} "
-            "must hold at least one more"
+            f"The prompt has {prompt_tokens} tokens, and {info.name}'s context window of {info.max_context} "
+            f"must hold at least one more; send at most {info.max_context - 1}"
         )
     if given.max_tokens is not None and given.max_tokens < 1:
         raise InvalidRequest(f"max_tokens must be positive, not {given.max_tokens}")
     if given.max_tokens is not None and given.max_tokens > room:
         raise InvalidRequest(
             "Prompt length plus max_tokens exceeds the model's context window: "
-            f"{prompt_tokens} + {given.max_tokens} > {info.max_context}"
+            f"{prompt_tokens} + {given.max_tokens} > {info.max_context}; "
+            f"ask for at most {room}, or leave max_tokens out"
         )
     if given.temperature < 0:
         raise InvalidRequest(f"temperature must be 0 (greedy) or more, not {given.temperature}")

@@ -13,6 +13,7 @@ import typer
 from rich.filesize import decimal
 from rich.markup import escape
 
+from tinkercloud import running
 from tinkercloud.base_models import ModelError, parse_model
 from tinkercloud.cli.console import CommandError, err, out, print_columns
 from tinkercloud.cli.options import ONE_MODEL_TEXT
@@ -38,7 +39,8 @@ Url = Annotated[
     str | None,
     typer.Option(
         envvar="TINKER_BASE_URL",
-        help="The running server; without it, the one that the settings describe (http://127.0.0.1:8000).",
+        help="The running server; without it, that of the data directory (TINKERCLOUD_DATA_DIR), else the one that "
+        "the settings describe (http://127.0.0.1:8000).",
         show_default=False,
     ),
 ]
@@ -184,13 +186,14 @@ def _ask(url: str | None, method: str, path: str, answered: str, body: dict[str,
         if url is None:
             raise ConfigError(f"{error} (or name the server with --url)") from None
     else:
-        url = url or server_url(settings.host, settings.port, tls=settings.tls_cert is not None)
+        trusted = settings.tls_cert
+        if url is None:
+            url, trusted = _server_of(settings)
         if _is_own(url, settings):
             try:
                 own_token = tokens.issue_operators(settings.data_dir)
             except tokens.UnusableSecret as error:
                 raise CommandError(str(error)) from None
-        trusted = settings.tls_cert
     key = os.environ.get("TINKER_API_KEY")
     if key and not (key.isascii() and key.isprintable()):
         raise CommandError("TINKER_API_KEY has characters that no key has; a key is letters, digits, - and _")
@@ -208,6 +211,11 @@ def _ask(url: str | None, method: str, path: str, answered: str, body: dict[str,
     except httpx.TimeoutException:
         raise CommandError(f"{url} has not answered for {REQUEST_SECONDS:.0f} s; look at the server's log") from None
     except (httpx.HTTPError, httpx.InvalidURL) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise CommandError(
+                f"the certificate of {url} is not trusted ({error}); set SSL_CERT_FILE to the certificate of who has "
+                "signed it"
+            ) from None
         raise CommandError(
             f"no server answers at {url} ({error}); start one with `tinkercloud serve`, or name it with --url"
         ) from None
@@ -222,6 +230,19 @@ def _ask(url: str | None, method: str, path: str, answered: str, body: dict[str,
             f"{url} is no tinkercloud server (it answers {answer.status_code}); name the server with --url"
         )
     return content
+
+
+def _server_of(settings: Settings) -> tuple[str, Path | None]:
+    """(URL, its certificate) of the server that works in the data directory. One that was named must have one: what
+    is at the port may be another's. CommandError."""
+    if (server := running.find(settings.data_dir)) is not None:
+        return server.url, Path(server.certificate) if server.certificate else None
+    if "data_dir" in settings.model_fields_set:
+        raise CommandError(
+            f"no server runs on {settings.data_dir}; start one with `tinkercloud serve --data-dir "
+            f"{settings.data_dir}`, or name another with --url"
+        )
+    return server_url(settings.host, settings.port, tls=settings.tls_cert is not None), settings.tls_cert
 
 
 def _is_own(url: str, settings: Settings) -> bool:
@@ -250,9 +271,9 @@ def _client(url: str, certificate: Path | None) -> httpx.Client:
 
     if not is_loopback(httpx.URL(url).host):
         return httpx.Client(timeout=REQUEST_SECONDS)
-    context: ssl.SSLContext | bool = True
+    context = ssl.create_default_context()  # it knows SSL_CERT_FILE
     if certificate is not None:
-        context = ssl.create_default_context(cafile=str(certificate))
+        context.load_verify_locations(cafile=str(certificate))
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the server's own is enough, whoever has signed it
         context.check_hostname = False  # which is no name of the loopback address
     return httpx.Client(timeout=REQUEST_SECONDS, trust_env=False, verify=context)  # no proxy is a way to this machine

@@ -48,7 +48,7 @@ def demo() -> None:
             first, last = _teach(server.url)
     out.print(
         f"\n[green]✓[/] loss per token {first:.3f} → {last:.3f}; server stopped; "
-        f"{time.monotonic() - started:.0f} s in all",
+        f"{time.monotonic() - started:.0f} s without the installation",
     )
 
 

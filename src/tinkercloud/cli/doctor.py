@@ -89,7 +89,7 @@ def doctor(
         if check.warns or not check.ok:
             out.print(f"  [yellow]→[/] {escape(check.mend)}", soft_wrap=True)
     broken = sum(not check.ok for check in checks)
-    out.print(f"\n{broken} of {len(checks)} need mending." if broken else "\nAll is well.")
+    out.print(f"\nTo mend: {broken} of {len(checks)}." if broken else "\nAll is well.")
     raise typer.Exit(1 if broken else 0)
 
 

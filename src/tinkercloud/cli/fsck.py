@@ -60,7 +60,7 @@ def fsck(
         out.print(f"  [yellow]→[/] {escape(problem.mend)}", soft_wrap=True)
     lost = sum(problem.lost for problem in found)
     if lost:
-        out.print(f"\n{lost} of {len(found)} found need mending.")
+        out.print(f"\nTo mend: {lost} of {len(found)}.")
     else:
         out.print(f"{'Nothing is lost' if found else 'All is as it was written'}.")
     raise typer.Exit(1 if lost else 0)

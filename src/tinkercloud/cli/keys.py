@@ -96,11 +96,19 @@ def create_key(
 def list_keys(data_dir: options.DataDir = None, config: options.Config = None) -> None:
     """Show the keys and what each may do."""
     from tinkercloud.ledger import keys as stored
+    from tinkercloud.ledger.database import DATABASE_FILE
 
+    settings = options.settings_of(None, data_dir=data_dir, config=config)
+    if settings.database_url is None and not (settings.data_dir / DATABASE_FILE).exists():
+        raise CommandError(f"no server has ever worked in {settings.data_dir}; name its data directory with --data-dir")
     with _database(data_dir, config) as connection:
         found = stored.find_all(connection)
     if not found:
-        err.print("No keys: the server takes any, and listens on a loopback address only.")
+        err.print(
+            f"No keys in {escape(str(settings.data_dir))}: its server takes any, and listens on a loopback address "
+            "only.",
+            soft_wrap=True,
+        )
         return
     rows = [("id", "key", "user", "name", "state", "made", "may")]
     for key in found:

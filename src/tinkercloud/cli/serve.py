@@ -157,10 +157,10 @@ class LoadingBars:
         if model in self._tasks:
             self._bars.update(self._tasks[model], completed=fraction, description=text)
 
-    def ready(self) -> None:
-        """Every model that is loaded at the start is there."""
+    def ready(self, models: list[str]) -> None:
+        """Every model that is loaded at the start is there, those that were added before among them."""
         self.stop()
-        for model in self._tasks:
+        for model in models:
             err.print(f"[green]✓[/] {model}")
         err.print(f"Ready at [bold cyan]{self._url}[/]. Ctrl-C stops the server and keeps everything.")
 

@@ -26,7 +26,6 @@ from tinkercloud.ledger.lock import FILE as LOCK_FILE
 
 ATTEMPTS = 3
 
-DATABASE_FILE = "ledger.db"
 SEGMENTS = "segments"
 
 
@@ -63,8 +62,8 @@ def restore(backup: Path, data_dir: Path, url: str | None) -> None:
 
     `data_dir` must not be there, or be empty. Raises BackupError, `NotEmpty` and `UnusableDatabase`.
     """
-    if not (backup / DATABASE_FILE).is_file():
-        raise BackupError(f"{backup} is no backup: it has no {DATABASE_FILE}")
+    if not (backup / database.DATABASE_FILE).is_file():
+        raise BackupError(f"{backup} is no backup: it has no {database.DATABASE_FILE}")
     if data_dir.exists():
         if not data_dir.is_dir() or any(data_dir.iterdir()):
             raise BackupError(f"{data_dir} is not empty; restore to a new --data-dir")

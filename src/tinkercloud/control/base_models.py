@@ -183,8 +183,10 @@ class BaseModels:
         live = Counter(run.base_model for run in await self._ledger.find(ModelRecord, state="live"))
         for name in sorted(live.keys() - self._served.keys()):
             log.warning(
-                "%d training run(s) that have not ended wait for base model %s, which is not served; you can %s",
-                live[name],
+                "%s for base model %s, which is not served; you can %s",
+                "1 training run that has not ended waits"
+                if live[name] == 1
+                else f"{live[name]} training runs that have not ended wait",
                 name,
                 how_to_serve(name),
             )
@@ -246,7 +248,8 @@ class BaseModels:
         runs = await self._ledger.find(ModelRecord, base_model=name, state="live")
         waiting = [why for run in runs if (why := self.other_weights(run)) is not None]
         if waiting:
-            log.warning("%d training run(s) cannot go on. %s", len(waiting), waiting[0])
+            runs_text = "1 training run" if len(waiting) == 1 else f"{len(waiting)} training runs"
+            log.warning("%s cannot go on. %s", runs_text, waiting[0])
 
     async def _resume(self, served: Served) -> None:
         name = served.engine.name

@@ -44,7 +44,7 @@ class Checkpoints:
         parse_checkpoint_path(path)
         checkpoint = await self._ledger.get(CheckpointRecord, path)
         if checkpoint is None or _is_over(checkpoint) or not (checkpoint.owner in (owner, reader) or checkpoint.public):
-            raise NotFound(f"there is no checkpoint {path}; `tinkercloud checkpoints list` shows those that there are")
+            raise NotFound(f"there is no checkpoint {path}; `tinker checkpoint list` shows those that there are")
         return checkpoint
 
     async def owned(self, path: str, owner: str) -> CheckpointRecord:

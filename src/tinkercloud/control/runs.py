@@ -254,8 +254,8 @@ class TrainingRuns:
             )
         if replace(checkpoint.lora, seed=0) != replace(model.lora, seed=0):
             raise InvalidRequest(
-                f"{checkpoint.path} holds {checkpoint.lora}, this training run is {model.lora}; "
-                "create a training client from the checkpoint instead"
+                f"{checkpoint.path} is of another shape than this training run: "
+                f"{_differences(checkpoint.lora, model.lora)}; create a training client from the checkpoint instead"
             )
         if with_optimizer and checkpoint.optimizer != model.optimizer:
             raise InvalidRequest(
@@ -363,6 +363,13 @@ class TrainingRuns:
         too: the first may have been recorded without an answer, and handed over by nobody."""
         if entry.state in ("accepted", "refused") and model.base_model in self._models:
             await self._models.get(model.base_model).conductor.accept(entry)
+
+
+def _differences(saved: LoraConfig, own: LoraConfig) -> str:
+    """In what two shapes differ; the seed decides none."""
+    names = [name for name in LoraConfig.__struct_fields__ if name != "seed"]
+    pairs = [(name, getattr(saved, name), getattr(own, name)) for name in names]
+    return ", ".join(f"{name} {there} and not {here}" for name, there, here in pairs if there != here)
 
 
 def _last_possible(model: ModelRecord) -> int:

@@ -30,6 +30,9 @@ WRITER_LOCK = 0x74_69_6E_6B_65_72
 WRITER_LOCK_SECONDS = 5.0
 """How long a server waits for the lock: PostgreSQL needs a moment to see that the one before was killed."""
 
+DATABASE_FILE = "ledger.db"
+"""Of SQLite, in the data directory."""
+
 
 class DatabaseInUse(Unavailable):
     """Another server writes to the database."""
@@ -73,7 +76,7 @@ _RIGHT = "sqlite:////absolute/path/ledger.db or postgresql+psycopg://USER:PASSWO
 def address_in(data_dir: Path, url: str | None) -> URL:
     """The database of a data directory; without a `url`, SQLite in it. Raises `UnusableDatabase`."""
     if url is None:
-        return URL.create("sqlite", database=str(data_dir.absolute() / "ledger.db"))  # a path may have any character
+        return URL.create("sqlite", database=str(data_dir.absolute() / DATABASE_FILE))  # a path may have any character
     return parse_url(url)
 
 

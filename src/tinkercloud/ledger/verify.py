@@ -37,7 +37,7 @@ class DamagedBlob(NamedTuple):
 def opened(data_dir: Path, url: str | None = None) -> Iterator[Connection]:
     """A connection to a data directory's ledger that changes nothing. Raises `DataDirInUse` while a server has it,
     `NoLedger` if there is none of this version."""
-    file = data_dir / "ledger.db"
+    file = data_dir / database.DATABASE_FILE
     if url is None and not file.is_file():
         raise NoLedger(f"{data_dir} has no ledger.db: give the data directory of a server")
     lock = DataDirLock(data_dir)

@@ -63,7 +63,7 @@ def as_request(kind: type[W], value: dict[str, Any]) -> W:
             given = "" if problem["type"] in ("missing", "value_error") else f" (it is {problem['input']!r:.80})"
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "float_type" and problem["input"] is None:
-                message, given = "must be a finite number (it is null, as JSON has NaN and infinity)", ""
+                message, given = "must be a finite number (it is null, which is how JSON writes NaN and infinity)", ""
             problems.append(f"{place}: {message}{given}" if place else f"{message}{given}")
         raise InvalidRequest("; ".join(problems)) from None
 

@@ -110,6 +110,16 @@ class BaseModel:
         self._threads = ThreadChoice(torch.get_num_threads() if model.device.type == "cpu" else 1)
         self.unembedding = self.linears[-1]
 
+    @torch.no_grad()
+    def _check_finite(self) -> None:
+        """Refuse weights that are no numbers: what is computed with them may look like one that is."""
+        for name, parameter in self._model.named_parameters():
+            if not parameter.is_floating_point() or not parameter.numel():
+                continue
+            # The smallest and the largest are NaN if any is, and need one pass and no memory.
+            if not all(torch.isfinite(end) for end in parameter.aminmax()):
+                raise OperationError(f"its weights {name} have numbers that are not finite (NaN or infinity)")
+
     def _check_whole(self) -> None:
         """Refuse architectures of whose attention or MLP not all layers would be adapted (fused q/k/v, layers that are
         no `nn.Linear`): a client would get less than it asked for, or nothing."""
@@ -170,6 +180,7 @@ class BaseModel:
         model = _weights_of(folder, config, options, device, dtype)
         report(0.9, "checking")
         base = cls(model, _info_of(model, folder, options, device, dtype))
+        base._check_finite()
         base._check_packing()
         base._check_whole()
         base._check_quantized()

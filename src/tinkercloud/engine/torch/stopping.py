@@ -77,7 +77,7 @@ class Tokenizer:
 
             if not has_tokenizer(self._folder):
                 raise OperationError(
-                    f"stop strings need the model's tokenizer, and there is none in {self._folder.name!r}; "
+                    f"stop strings need the model's tokenizer, and its folder {self._folder.name!r} has none; "
                     "use stop token ids instead"
                 )
             try:
