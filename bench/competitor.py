@@ -25,12 +25,18 @@ class Competitor:
     """A program that is given tasks as JSON lines and answers each with the seconds that it took."""
 
     def __init__(
-        self, module: str, folder: Path, waits: Sequence[str] = WAITS, environment: Mapping[str, str] | None = None
+        self,
+        module: str,
+        folder: Path,
+        waits: Sequence[str] = WAITS,
+        environment: Mapping[str, str] | None = None,
+        python: str = sys.executable,
     ) -> None:
-        """`folder` is the base model. The program runs once for each way of waiting, with `environment` besides."""
+        """`folder` is the base model. The program runs once for each way of waiting, with `environment` besides;
+        `python` is that of the environment that it needs."""
         self.chosen: dict[str, dict[str, Any]] = {}
         """The settings with which each task that was compared was fastest, by the task and its arguments."""
-        self._processes = {wait: _start(module, folder, wait, environment or {}) for wait in waits}
+        self._processes = {wait: _start(python, module, folder, wait, environment or {}) for wait in waits}
         for process in self._processes.values():
             _answer(process)
 
@@ -85,14 +91,14 @@ class Competitor:
                 process.wait()
 
 
-def _start(module: str, folder: Path, wait: str, own: Mapping[str, str]) -> subprocess.Popen[str]:
+def _start(python: str, module: str, folder: Path, wait: str, own: Mapping[str, str]) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     environment["KINETO_LOG_LEVEL"] = "99"  # torch's profiler says on standard error when it begins and ends
     if wait != "active":
         environment["OMP_WAIT_POLICY"] = wait
     environment |= own
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", module, str(folder)],
+        [python, "-W", "ignore", "-m", module, str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -28,11 +28,13 @@ LEARNING_RATE = 1e-4
 class Stage:
     """See the module's docstring."""
 
-    def __init__(self, folder: Path, stack: ExitStack, shape: Shape = SMALL) -> None:
-        """Everything is written under `folder` and ended by `stack`; `shape` is the base model's."""
+    def __init__(self, folder: Path, stack: ExitStack, shape: Shape = SMALL, vllm_python: Path | None = None) -> None:
+        """Everything is written under `folder` and ended by `stack`; `shape` is the base model's; `vllm_python` that of
+        an environment that has vLLM."""
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.shape = shape
+        self._vllm_python = vllm_python
         self._stack = stack
         self._gemm_rate = 0.0
         self._tenants: list[tinker.TrainingClient] = []
@@ -65,6 +67,14 @@ class Stage:
         return competitor
 
     @cached_property
+    def by_vllm(self) -> Competitor:
+        """vLLM, in an environment of its own."""
+        assert self._vllm_python is not None
+        competitor = Competitor("bench.by_vllm", self.model_folder, ("passive",), python=str(self._vllm_python))
+        self._stack.callback(competitor.close)
+        return competitor
+
+    @cached_property
     def engine_alone(self) -> Competitor:
         """The server's engine without the server, in the environment that it has in the server."""
         from tinkercloud.control.engine_process import engine_environment
@@ -83,8 +93,9 @@ class Stage:
 
     @property
     def chosen_settings(self) -> dict[str, dict[str, Any]]:
-        """The settings with which the competitor was fastest, by task."""
-        return self.by_hand.chosen if "by_hand" in vars(self) else {}
+        """The settings with which each competitor was fastest, by task."""
+        competitors = [vars(self)[name] for name in ("by_hand", "by_vllm") if name in vars(self)]
+        return {task: settings for competitor in competitors for task, settings in competitor.chosen.items()}
 
     @cached_property
     def client(self) -> tinker.ServiceClient:

@@ -12,28 +12,30 @@ NAME = "generate"
 ADAPTERS = 4
 
 
+def _seconds_of(stage: Stage, adapters: int) -> float:
+    """Until the last of the samples has come back. Requests go to `adapters` trained adapters in turn."""
+    import tinker
+
+    params = tinker.SamplingParams(max_tokens=NEW_TOKENS, temperature=1.0, stop=[])
+    samplers = stage.samplers(adapters)
+
+    def sample() -> None:
+        questions = stage.new_prompts(ROWS, PROMPT_TOKENS)
+        futures = [samplers[number % adapters].sample(question, 1, params) for number, question in enumerate(questions)]
+        for future in futures:
+            assert len(future.result().sequences[0].tokens) == NEW_TOKENS
+
+    return seconds(sample)
+
+
 def _sampling(shape: Shape, adapters: int, goal: float) -> Measurement:
-    """Requests go to `adapters` trained adapters in turn. `generate` runs on merged weights, of one adapter after the
-    other where there are several: its batches have one model."""
+    """`generate` runs on merged weights, of one adapter after the other where there are several: its batches have one
+    model."""
     work = {"rows": ROWS, "tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS, "adapters": adapters}
 
     def take(stage: Stage, repeat: int) -> Readings:
-        """Seconds until the last of the samples has come back."""
-        import tinker
-
-        params = tinker.SamplingParams(max_tokens=NEW_TOKENS, temperature=1.0, stop=[])
-        samplers = stage.samplers(adapters)
-
-        def sample() -> None:
-            questions = stage.new_prompts(ROWS, PROMPT_TOKENS)
-            futures = [
-                samplers[number % adapters].sample(question, 1, params) for number, question in enumerate(questions)
-            ]
-            for future in futures:
-                assert len(future.result().sequences[0].tokens) == NEW_TOKENS
-
         return stage.by_hand.compared(
-            lambda: seconds(sample), NAME, work, repeat, settings={"cache": ["dynamic", "static"]}
+            lambda: _seconds_of(stage, adapters), NAME, work, repeat, settings={"cache": ["dynamic", "static"]}
         )
 
     several = "" if adapters == 1 else f" from {adapters} adapters"
@@ -48,6 +50,27 @@ def _sampling(shape: Shape, adapters: int, goal: float) -> Measurement:
     )
 
 
+def _against_vllm(shape: Shape) -> Measurement:
+    """The same from one adapter. vLLM runs with one too, and without, as it would on merged weights."""
+    work = {"rows": ROWS, "tokens": PROMPT_TOKENS, "new_tokens": NEW_TOKENS}
+
+    def take(stage: Stage, repeat: int) -> Readings:
+        return stage.by_vllm.compared(
+            lambda: _seconds_of(stage, 1), NAME, work, repeat, settings={"adapted": [False, True]}
+        )
+
+    return Measurement(
+        f"sampling_vllm_{shape.label}",
+        f"{ROWS} samples of {NEW_TOKENS} tokens after prompts of {PROMPT_TOKENS}, {shape.label}",
+        "vLLM",
+        Goal("speed", 4.0),
+        take,
+        (NAME, work),
+        shape,
+    )
+
+
 SAMPLING = tuple(
     _sampling(shape, adapters, goal) for shape in (SMALL, MIDDLE) for adapters, goal in ((1, 2.5), (ADAPTERS, 2.0))
 )
+AGAINST_VLLM = tuple(_against_vllm(shape) for shape in (SMALL, MIDDLE))
