@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import struct
@@ -29,6 +30,7 @@ from tinkercloud.cli import admin, doctor, serve
 from tinkercloud.cli.app import app
 from tinkercloud.cli.console import CommandError
 from tinkercloud.cli.demo import LESSON
+from tinkercloud.nano import FOLDER
 
 COMMAND = [sys.executable, "-m", "tinkercloud"]
 
@@ -237,11 +239,21 @@ def test_doctor_says_how_to_mend_what_is_broken(tmp_path):
 def test_doctor_goes_on_after_models_that_are_wrong(tmp_path):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_text("{}")
+    cut = shutil.copytree(FOLDER, tmp_path / "cut")
+    os.truncate(cut / "model.safetensors", 100_000)
     wrong = ("--model", "a=/no/such/folder", "--model", "nobody/x/y/z", "--model", "b,max_rank=0")
-    done = run("doctor", "--port", "0", *wrong, "--model", f"half={tmp_path / 'half'}", TINKERCLOUD_PROT="1")
+    folders = ("--model", f"half={tmp_path / 'half'}", "--model", f"cut={cut}")
+    done = run("doctor", "--port", "0", *wrong, *folders, TINKERCLOUD_PROT="1")
     assert done.returncode == 1
     broken = [line for line in done.stdout.splitlines() if line.startswith("✗")]
-    for said in ("'/no/such/folder'", "'nobody/x/y/z'", "max_rank", "model half", "TINKERCLOUD_PROT"):
+    for said in (
+        "'/no/such/folder'",
+        "'nobody/x/y/z'",
+        "max_rank",
+        "model half",
+        "model cut model.safetensors is damaged",
+        "TINKERCLOUD_PROT",
+    ):
         assert any(said in line for line in broken), (said, done.stdout)
     assert "data folder" in done.stdout, "the rest is looked at as well"
     at_once = run("serve", *wrong)

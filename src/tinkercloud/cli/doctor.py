@@ -55,7 +55,8 @@ def doctor(
     max_context: options.MaxContext = None,
     assignments: options.Set = None,
 ) -> None:
-    """Look at everything that `serve` with the same options needs; exit status 1 if something is broken."""
+    """Look at everything that `serve` with the same options needs, short of loading the models: whether one is of a
+    kind that can be trained shows then. Exit status 1 if something is broken."""
     checks = [*installation(), *environment()]
     sound = []
     for text in model or ():
@@ -260,6 +261,19 @@ def _unwritable(folder: Path) -> str:
         return error.strerror or str(error)
 
 
+def _damaged(folder: Path) -> str:
+    """The first weights file whose length is not what its header says, empty if there is none."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "np"):
+                pass
+        except (SafetensorError, OSError):
+            return file.name
+    return ""
+
+
 def models(settings: Settings) -> Iterator[Check]:
     """Whether each base model's files are here, or can be fetched."""
     for model in settings.models:
@@ -277,6 +291,8 @@ def models(settings: Settings) -> Iterator[Check]:
         if missing:
             mend = "save the model there with `save_pretrained`, weights as safetensors"
             yield Check(name, False, f"{folder} lacks {', '.join(missing)}", mend)
+        elif damaged := _damaged(folder):
+            yield Check(name, False, f"{damaged} is damaged or cut short", "copy or download it again")
         elif not has_tokenizer(folder):
             mend = f"save the tokenizer there with `save_pretrained`; {NO_TOKENIZER}"
             yield Check(name, True, f"{folder} has no tokenizer", mend, warns=True)
