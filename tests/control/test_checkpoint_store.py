@@ -1,7 +1,9 @@
 """Checkpoints in a folder and in S3, by the same tests: published whole or not at all, read as they were written."""
 
 import asyncio
+import hashlib
 import json
+import threading
 import time
 from contextlib import asynccontextmanager
 
@@ -12,11 +14,12 @@ from tests import s3 as moto
 from tests.control.conftest import BATCH, OWNER, Client
 from tinkercloud.cli import doctor
 from tinkercloud.config import Settings
-from tinkercloud.control import checkpoint_cache
+from tinkercloud.control import checkpoint_cache, checkpoint_store
 from tinkercloud.control.backup import back_up
 from tinkercloud.control.checkpoint_cache import CheckpointCache, left_over
-from tinkercloud.control.checkpoint_store import CheckpointStore, StoreUnavailable, UnusableStore, id_of
+from tinkercloud.control.checkpoint_store import CheckpointStore, StoreUnavailable, UnusableStore
 from tinkercloud.control.folders import is_stored, key_of
+from tinkercloud.control.store_owner import StoreOwner, without_userinfo
 from tinkercloud.control.verify import problems
 from tinkercloud.engine.types import Failure, Sample, SampleOutput, SamplingParams
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
@@ -56,11 +59,17 @@ def saved(tmp_path):
     return folder
 
 
+@pytest.fixture
+def us(tmp_path):
+    (tmp_path / "us").mkdir()
+    return StoreOwner(tmp_path / "us")
+
+
 # ---------------------------------------------------------------- the store
 
 
-def test_what_was_put_is_got(url, saved, tmp_path):
-    store = CheckpointStore(url, "us")
+def test_what_was_put_is_got(url, us, saved, tmp_path):
+    store = CheckpointStore(url, us)
     store.put(saved, KEY)
     target = tmp_path / "cache" / "it"
     store.get(KEY, target)
@@ -77,8 +86,8 @@ def test_what_was_put_is_got(url, saved, tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["it"], "no draft stays"
 
 
-def test_files_without_their_manifest_are_no_checkpoint(url, saved, tmp_path, monkeypatch):
-    store = CheckpointStore(url, "us")
+def test_files_without_their_manifest_are_no_checkpoint(url, us, saved, tmp_path, monkeypatch):
+    store = CheckpointStore(url, us)
     store.put(saved, KEY)
 
     def cut(*arguments, **options):
@@ -95,8 +104,8 @@ def test_files_without_their_manifest_are_no_checkpoint(url, saved, tmp_path, mo
     store.get(KEY, tmp_path / "it")
 
 
-def test_what_the_store_has_changed_is_refused(url, saved, tmp_path):
-    store = CheckpointStore(url, "us")
+def test_what_the_store_has_changed_is_refused(url, us, saved, tmp_path):
+    store = CheckpointStore(url, us)
     store.put(saved, KEY)
     files, root = files_of(url)
     weights = f"{root}/{KEY}/adapter_model.safetensors"
@@ -107,14 +116,19 @@ def test_what_the_store_has_changed_is_refused(url, saved, tmp_path):
     files.pipe_file(f"{root}/{KEY}/manifest.json", b'{"files": 3}')
     with pytest.raises(InvalidRequest, match="manifest"):
         store.get(KEY, tmp_path / "it")
-    assert not (tmp_path / "it").exists()
+    of = json.dumps({"size": len("{}"), "sha256": hashlib.sha256(b"{}").hexdigest()})
+    files.pipe_file(f"{root}/{KEY}/../elsewhere" if store._is_local else f"{root}/{KEY}/x", b"{}")
+    files.pipe_file(f"{root}/{KEY}/manifest.json", f'{{"files": {{"../elsewhere": {of}}}}}'.encode())
+    with pytest.raises(InvalidRequest, match="manifest"):
+        store.get(KEY, tmp_path / "it")
+    assert not (tmp_path / "it").exists() and not (tmp_path / "elsewhere").exists()
 
 
-def test_a_store_belongs_to_one_data_directory(url, saved, tmp_path):
-    ours = id_of(tmp_path)
-    CheckpointStore(url, ours).put(saved, KEY)
-    assert id_of(tmp_path) == ours
-    other = CheckpointStore(url, "another")
+def test_a_store_belongs_to_one_data_directory(url, us, saved, tmp_path):
+    CheckpointStore(url, us).put(saved, KEY)
+    ours = StoreOwner(tmp_path / "us").id
+    assert ours == us.id
+    other = CheckpointStore(url, StoreOwner(tmp_path))
     for change in (lambda: other.put(saved, KEY), lambda: other.remove(KEY), other.claim):
         with pytest.raises(UnusableStore, match=f"another data directory .*{ours}.*owner.json"):
             change()
@@ -125,12 +139,58 @@ def test_a_store_belongs_to_one_data_directory(url, saved, tmp_path):
 def test_a_store_that_cannot_be_used_is_said(tmp_path, s3_server, monkeypatch):
     moto.use(monkeypatch, s3_server)
     with pytest.raises(UnusableStore, match="nowhere"):
-        CheckpointStore("nowhere://bucket", "us")
+        CheckpointStore("nowhere://bucket")
     with pytest.raises(UnusableStore, match="pip install"):
-        CheckpointStore("gs://bucket", "us")
-    assert "no-such-bucket" in CheckpointStore("s3://no-such-bucket/x", "us").check()
+        CheckpointStore("gs://bucket")
+    assert "no-such-bucket" in CheckpointStore("s3://no-such-bucket/x").check()
     (tmp_path / "file").touch()
-    assert "cannot be used now" in CheckpointStore(f"file://{tmp_path}/file/x", "us").check()
+    assert "cannot be used now" in CheckpointStore(f"file://{tmp_path}/file/x").check()
+
+
+def test_a_disk_that_is_not_mounted_is_no_new_store(us, saved, tmp_path):
+    url, disk = f"file://{tmp_path}/store", tmp_path / "store"
+    CheckpointStore(url, us).put(saved, KEY)
+    disk.rename(tmp_path / "unmounted")
+    disk.mkdir()
+    for store in (CheckpointStore(url, us), CheckpointStore(url, StoreOwner(tmp_path / "us"))):
+        uses = (lambda: store.put(saved, KEY), lambda: store.remove(KEY), lambda: store.get(KEY, tmp_path / "it"))
+        for use in (*uses, store.claim, lambda: store.damage(KEY), lambda: CheckpointStore(url).damage(KEY)):
+            with pytest.raises(StoreUnavailable, match="mounted"):
+                use()
+        assert "mounted" in store.check()
+    assert list(disk.iterdir()) == []
+    disk.rmdir()
+    (tmp_path / "unmounted").rename(disk)
+    store.get(KEY, tmp_path / "it")
+    emptied = tmp_path / "emptied"
+    emptied.mkdir()
+    (disk / "owner.json").rename(emptied / "owner.json")
+    with pytest.raises(StoreUnavailable) as refused:
+        store.put(saved, KEY)
+    (disk / "owner.json").write_text(str(refused.value).partition("write ")[2].partition(" to ")[0])
+    store.put(saved, KEY)
+
+
+def test_a_torn_owner_is_said(url, us, saved):
+    store = CheckpointStore(url, us)
+    store.claim()
+    files, root = files_of(url)
+    assert [path.split("/")[-1] for path in files.find(root)] == ["owner.json"]
+    files.pipe_file(f"{root}/owner.json", b'{"data')
+    with pytest.raises(UnusableStore, match=r"owner\.json is damaged"):
+        store.put(saved, KEY)
+
+
+def test_nobody_is_told_a_password():
+    for url in ("nowhere://me:se@cret@host/x", "ftp://me:se@cret@127.0.0.1:1/x"):
+        with pytest.raises(UnusableStore) as refused:
+            CheckpointStore(url)
+        assert "cret" not in str(refused.value) and url.split("@")[-1] in str(refused.value)
+    store = CheckpointStore("memory://me:secret@host/x")
+    store._fs.cat_file = lambda path: (_ for _ in ()).throw(OSError("no memory://me:secret@host/x"))
+    with pytest.raises(StoreUnavailable, match=r"^memory://host/x .* no memory://host/x$"):
+        store.get(KEY, None)
+    assert without_userinfo("s3://bucket/a@b and file:///c/d@e") == "s3://bucket/a@b and file:///c/d@e"
 
 
 def test_what_a_crash_has_left_is_told_from_what_is_needed():
@@ -141,6 +201,118 @@ def test_what_a_crash_has_left_is_told_from_what_is_needed():
     assert left_over(["unknown/weights/x/1", "notes"], set(), applied, set()) == []
 
 
+# ---------------------------------------------------------------- copies, and what is on its way
+
+
+FOLDER = f"cache/{KEY}"
+
+
+@pytest.fixture
+def cache(us, saved, tmp_path, monkeypatch):
+    """With one folder that was saved."""
+    monkeypatch.setattr(checkpoint_cache, "PAUSES", (0.0,))
+    (tmp_path / "data" / FOLDER).parent.mkdir(parents=True)
+    saved.rename(tmp_path / "data" / FOLDER)
+    return CheckpointCache(CheckpointStore(f"file://{tmp_path}/store", us), tmp_path / "data", 2**30)
+
+
+def held(monkeypatch, place, name):
+    """(set when the method is called the first time, what that call waits for, how often it was called)."""
+    called, goes_on, calls, method = threading.Event(), threading.Event(), [], getattr(place, name)
+
+    def late(*arguments, **options):
+        calls.append(arguments)
+        called.set()
+        assert goes_on.wait(20) or len(calls) > 1
+        return method(*arguments, **options)
+
+    monkeypatch.setattr(place, name, late)
+    return called, goes_on, calls
+
+
+def test_a_removal_that_is_late_does_not_take_what_was_saved_again(cache, monkeypatch, run):
+    async def story():
+        with monkeypatch.context() as broken:
+            broken.setattr(cache.store._fs, "put_file", lambda *_: (_ for _ in ()).throw(OSError("away")))
+            removing, goes_on, _ = held(monkeypatch, cache.store, "remove")
+            with pytest.raises(StoreUnavailable, match="away"):
+                await cache.publish(FOLDER)
+        await asyncio.to_thread(removing.wait, 20)
+        again = asyncio.create_task(cache.publish(FOLDER))
+        await asyncio.sleep(0.05)
+        assert not again.done() and cache.store.damage(KEY) is not None
+        goes_on.set()
+        await again
+        cache.discard(FOLDER)
+        await cache.publish(FOLDER)  # before the other has begun
+        await settled(cache)
+        assert cache.store.damage(KEY) is None
+        await cache.close()
+
+    run(story)
+
+
+def test_a_publication_that_was_given_up_ends_before_the_next_of_its_key(cache, monkeypatch, run):
+    async def story():
+        putting, goes_on, calls = held(monkeypatch, cache.store._fs, "put_file")
+        first = asyncio.create_task(cache.publish(FOLDER))
+        await asyncio.to_thread(putting.wait, 20)
+        assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("checkpoint store"))
+        first.cancel()
+        again = asyncio.create_task(cache.publish(FOLDER))
+        await asyncio.sleep(0.05)
+        assert first.cancelled() and len(calls) == 1
+        goes_on.set()
+        await again
+        names = [str(path).split("/")[-1] for path, _ in calls]
+        assert names == ["adapter_config.json", "adapter_config.json", "adapter_model.safetensors", "manifest.json"]
+        assert cache.store.damage(KEY) is None
+        await cache.close()
+        with pytest.raises(RuntimeError, match="shut down"):
+            await cache.keys()
+
+    run(story)
+
+
+def test_a_copy_that_the_disk_has_cut_is_fetched_again(cache, run):
+    async def story():
+        await cache.publish(FOLDER)
+        weights = cache._data_dir / FOLDER / "adapter_model.safetensors"
+        expected = weights.read_bytes()
+        for _ in "saved here", "fetched":
+            weights.write_bytes(expected[:100])
+            await cache.fetch(FOLDER)
+            assert weights.read_bytes() == expected
+        assert [path.name for path in weights.parent.parent.iterdir()] == ["3"]
+        await cache.close()
+
+    run(story)
+
+
+def test_what_this_machine_cannot_do_now_is_tried_again(cache, monkeypatch, run):
+    async def story():
+        def broken(file):
+            tried.append(file)
+            raise OSError(5, "Input/output error")
+
+        tried = []
+        with monkeypatch.context() as breaking:
+            breaking.setattr(checkpoint_store, "_digest_of", broken)
+            with pytest.raises(StoreUnavailable, match="Input/output"):
+                await cache.publish(FOLDER)
+        assert len(tried) == 2
+        await cache.publish(FOLDER)
+        cache._remove(FOLDER)
+        with monkeypatch.context() as breaking:
+            breaking.setattr(checkpoint_store, "sync", broken)
+            with pytest.raises(StoreUnavailable, match="Input/output"):
+                await cache.fetch(FOLDER)
+        assert not list((cache._data_dir / FOLDER).parent.iterdir()), "nor a draft"
+        await cache.close()
+
+    run(story)
+
+
 # ---------------------------------------------------------------- a service with a store
 
 
@@ -148,7 +320,7 @@ def test_what_a_crash_has_left_is_told_from_what_is_needed():
 async def store_of(service, url, monkeypatch, budget=2**30):
     """Give the shared service a store for a while."""
     data_dir = service.storage._data_dir
-    cache = CheckpointCache(CheckpointStore(url, id_of(data_dir)), data_dir, budget)
+    cache = CheckpointCache(CheckpointStore(url, StoreOwner(data_dir)), data_dir, budget)
     with monkeypatch.context() as given:
         given.setattr(service.storage, "_cache", cache)
         given.setattr(checkpoint_cache, "PAUSES", (0.01, 0.01))
@@ -158,7 +330,7 @@ async def store_of(service, url, monkeypatch, budget=2**30):
 
 
 async def settled(cache):
-    await asyncio.gather(*cache._background)
+    await asyncio.gather(*cache._discards.values())
 
 
 def test_checkpoints_live_in_the_store(shared, url, monkeypatch, undisturbed):
@@ -287,7 +459,7 @@ def test_a_crash_between_two_steps_leaves_nothing_for_long(serving, run, tmp_pat
             store.put(folder, key_of(saved.folder).replace("/it/", "/dead/"))  # as if its end had not been recorded
             store.put(folder, key_of(saved.folder).replace("/it/5", "/ahead/50"))
             await service._ledger.remove(CheckpointRecord, other.path)
-        data, reading = tmp_path / "data", CheckpointStore(url, "")
+        data, reading = tmp_path / "data", CheckpointStore(url)
         assert len(reading.keys()) == 4
         assert [one.what for one in problems(data, None, reading) if one.lost] == []
         assert "not looked at" in " ".join(one.what for one in problems(data))
@@ -307,7 +479,7 @@ def test_a_crash_between_two_steps_leaves_nothing_for_long(serving, run, tmp_pat
         assert "adapter_model.safetensors is damaged" in lost.what
         settings = Settings.load(data_dir=data, checkpoints_url=url)
         owner = json.loads((tmp_path / "store" / "owner.json").read_text())["data_directory"]
-        assert owner == id_of(settings.data_dir)
+        assert owner == StoreOwner(settings.data_dir).id
         (data / "store_id").unlink()  # as a backup is restored
         with pytest.raises(UnusableStore, match="another data directory"):
             async with serving(checkpoints_url=url):

@@ -17,6 +17,6 @@ def test_a_client_does_not_notice_that_its_server_is_killed(server, tmp_path):
             disturbed_server, SEED, ROUNDS, KILLS, expected.num_answers, tmp_path / "disturbed.err"
         )
     assert differences(expected, outcome) == []
-    kept = CheckpointStore(f"file://{tmp_path}/store", "")
+    kept = CheckpointStore(f"file://{tmp_path}/store")
     assert len(kept.keys()) >= len(TENANTS) and not any(map(kept.damage, kept.keys()))
     assert len(kills) == KILLS and max(kill.seconds for kill in kills) < ANSWER_SECONDS, kills

@@ -230,14 +230,17 @@ def storage(settings: Settings) -> Iterator[Check]:
             yield Check("database", False, str(error), "correct database_url, or leave it out to have SQLite")
     if settings.checkpoints_url:
         from tinkercloud.control.checkpoint_store import CheckpointStore, UnusableStore
+        from tinkercloud.control.store_owner import StoreOwner, without_userinfo
 
         try:
-            why = CheckpointStore(settings.checkpoints_url, "").check()
+            why = CheckpointStore(settings.checkpoints_url, StoreOwner(settings.data_dir)).check()
         except UnusableStore as error:
             yield Check("checkpoints", False, str(error), "correct checkpoints_url, or leave it out")
         else:
             mend = "look at its address, and at what its credentials may do: list, read, write and delete"
-            yield Check("checkpoints", why is None, why or f"{settings.checkpoints_url} can be written", mend)
+            yield Check(
+                "checkpoints", why is None, why or f"{without_userinfo(settings.checkpoints_url)} can be written", mend
+            )
     folder = settings.data_dir
     if why_not := _unwritable(folder):
         yield Check("data folder", False, f"{folder}: {why_not}", "give a folder of yours with --data-dir")

@@ -46,7 +46,7 @@ def fsck(
         checkpoints_url = checkpoints_url or settings.checkpoints_url
         out.print(escape(str(folder)), soft_wrap=True)
     try:
-        store = CheckpointStore(checkpoints_url, "") if checkpoints_url else None  # it only reads
+        store = CheckpointStore(checkpoints_url) if checkpoints_url else None
         found = problems(folder, database_url, store)
     except UnusableStore as error:
         raise CommandError(str(error)) from None

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from tinkercloud.control.checkpoint_store import CheckpointStore, StoreUnavailable, UnusableStore
+from tinkercloud.control.checkpoint_store import CheckpointStore, StoreUnavailable, UnusableStore, is_whole
+from tinkercloud.control.daemon_threads import DaemonThreads
 from tinkercloud.control.folders import CACHE, is_stored, key_of
 from tinkercloud.errors import NotFound
 
@@ -48,30 +50,40 @@ class CheckpointCache:
         self.store = store
         self._data_dir = data_dir
         self._budget = budget
-        self._threads = ThreadPoolExecutor(STREAMS, thread_name_prefix="checkpoint store")
+        self._streams = DaemonThreads(STREAMS, "checkpoint store")
+        self._removals = DaemonThreads(1, "checkpoint store, removals")
         self._fetching: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._publishing: set[str] = set()
         self._used_at: dict[str, float] = {}
-        self._background: set[asyncio.Task[None]] = set()
+        self._changing: dict[str, asyncio.Task[None]] = {}
+        """By folder, the call that changes its key in the store; it goes on when its caller is cancelled."""
+        self._discards: dict[str, asyncio.Task[None]] = {}
 
     async def publish(self, folder: str) -> None:
         """Put a folder into the store, durably. StoreUnavailable when it could not be done after some tries; then
         nothing of it is left there, as soon as the store answers again."""
         self._publishing.add(folder)
         self.touch(folder)
+        given_up = threading.Event()
         try:
+            while folder in self._discards:  # of an attempt before, whose end was not recorded
+                await asyncio.wait([self._discards[folder]])
             for pause in (*PAUSES, None):
                 try:
-                    await self._in_thread(lambda: self.store.put(self._data_dir / folder, key_of(folder)))
+                    await self._change(folder, self._streams, lambda: self._put(folder, given_up))
                     return
-                except (StoreUnavailable, NotFound, UnusableStore) as error:
+                except (StoreUnavailable, NotFound, UnusableStore, OSError) as error:
                     if pause is None or isinstance(error, UnusableStore):
                         self.discard(folder)
                         raise StoreUnavailable(str(error)) from error
                     log.warning("%s was not published (%s); it is tried again in %g s", folder, error, pause)
                 await asyncio.sleep(pause)
         finally:
+            given_up.set()
             self._publishing.discard(folder)
+
+    def _put(self, folder: str, given_up: threading.Event) -> None:
+        self.store.put(self._data_dir / folder, key_of(folder), given_up.is_set)
 
     async def fetch(self, folder: str) -> None:
         """Make sure that a folder's copy is here. NotFound, InvalidRequest, StoreUnavailable."""
@@ -79,10 +91,19 @@ class CheckpointCache:
         place = self._data_dir / folder
         async with self._fetching[folder]:
             try:
-                if not place.is_dir():
-                    await self._in_thread(lambda: self.store.get(key_of(folder), place))
+                if not await asyncio.to_thread(is_whole, place):
+                    await self._in_thread(self._streams, lambda: self._fetch(folder))
+            except (OSError, UnusableStore) as error:
+                raise StoreUnavailable(f"{key_of(folder)} cannot be copied from the store now: {error}") from error
             finally:
                 self._fetching.pop(folder, None)
+
+    def _fetch(self, folder: str) -> None:
+        place = self._data_dir / folder
+        if place.is_dir():
+            log.warning("%s is not what was written there; it is fetched again", folder)
+            self._remove(folder)
+        self.store.get(key_of(folder), place)
 
     def touch(self, folder: str) -> None:
         """Somebody is about to read it."""
@@ -91,29 +112,39 @@ class CheckpointCache:
     def discard(self, folder: str) -> None:
         """Remove a folder from the store, in the background: nobody waits for it, and what a crash leaves of it the
         next start removes. The copy here is the caller's to remove."""
-        task = asyncio.create_task(self._discard(folder), name=f"discard {folder}")
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        if folder not in self._discards:
+            task = asyncio.create_task(self._discard(folder), name=f"discard {folder}")
+            self._discards[folder] = task
+            task.add_done_callback(lambda _: self._discards.pop(folder))
 
     async def _discard(self, folder: str) -> None:
         try:
-            await self._in_thread(lambda: self.store.remove(key_of(folder)))
+            await self._change(folder, self._removals, lambda: self.store.remove(key_of(folder)))
         except (StoreUnavailable, NotFound, UnusableStore) as error:
             log.warning("%s is not needed any more and stays in the store until the next start: %s", folder, error)
+
+    async def _change(self, folder: str, threads: Executor, work: Callable[[], None]) -> None:
+        """Run what changes a folder's key in the store, when nothing else changes it any more."""
+        while folder in self._changing:
+            await asyncio.wait([self._changing[folder]])
+        task = asyncio.create_task(self._in_thread(threads, work), name=f"change {folder}")
+        self._changing[folder] = task
+        task.add_done_callback(lambda _: self._changing.pop(folder))
+        await asyncio.shield(task)
 
     async def claim(self) -> None:
         """Take the store for this data directory, before anything is put there; what does not answer soon is asked
         again by the first save. UnusableStore if it is another's."""
         try:
             async with asyncio.timeout(CLAIM_SECONDS):
-                await self._in_thread(self.store.claim)
+                await self._in_thread(self._streams, self.store.claim)
         except (StoreUnavailable, NotFound, TimeoutError) as error:
             log.warning("the store of the checkpoints does not answer now: %s", error or self.store.url)
 
     async def keys(self) -> set[str]:
         """What the store has. StoreUnavailable, UnusableStore if it is another data directory's."""
-        await self._in_thread(self.store.claim)
-        return await self._in_thread(self.store.keys)
+        await self._in_thread(self._streams, self.store.claim)
+        return await self._in_thread(self._streams, self.store.keys)
 
     async def evict(self) -> None:
         """Remove copies until they fit into the budget, the least recently used first."""
@@ -143,19 +174,25 @@ class CheckpointCache:
         place = self._data_dir / folder
         gone = place.with_name(f".{place.name}.evicted")
         if place.is_dir():
+            shutil.rmtree(gone, ignore_errors=True)  # of a time when it could not be removed
             place.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
 
     async def close(self) -> None:
-        """Wait a moment for what is on its way."""
-        if self._background:
-            await asyncio.wait(self._background, timeout=STOP_SECONDS)
-        for task in self._background:
-            task.cancel()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Wait a moment for what is on its way, also of publications that were given up. What a thread is still in
+        after that ends with the process."""
+        on_its_way = {*self._discards.values(), *self._changing.values()}
+        if on_its_way:
+            _, late = await asyncio.wait(on_its_way, timeout=STOP_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        self._streams.shutdown()
+        self._removals.shutdown()
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    @staticmethod
+    async def _in_thread(threads: Executor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
 def left_over(keys: Iterable[str], named: set[str], applied: dict[str, int], pending: set[str]) -> list[str]:

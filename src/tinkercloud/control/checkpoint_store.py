@@ -13,12 +13,14 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tinkercloud.control.store_owner import StoreOwner, without_userinfo
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.files import sync
 
@@ -44,45 +46,55 @@ class CheckpointStore:
     Raises StoreUnavailable where the store does not answer or refuses.
     """
 
-    def __init__(self, url: str, owner: str):
-        """`owner`: the id of the data directory whose store it is. UnusableStore."""
+    def __init__(self, url: str, owner: StoreOwner | None = None):
+        """`owner`: the data directory whose store it is, or is to be; without one it is only read. UnusableStore."""
         import fsspec
 
-        self.url = url.rstrip("/")
+        self.url = without_userinfo(url.rstrip("/"))
+        """For messages; it is no secret."""
         self._owner = owner
-        self._is_claimed = False
+        self._claiming = threading.Lock()
         try:
             # Listings are never kept: others may write, and what is here is asked for.
             self._fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False, skip_instance_cache=True)
         except ImportError as error:
             protocol = fsspec.utils.get_protocol(url)
             mend = EXTRAS.get(protocol, f"pip install it ({error})")
-            raise UnusableStore(f"checkpoints_url {url} needs a Python package that is missing: {mend}") from None
-        except (ValueError, TypeError) as error:
+            raise UnusableStore(f"checkpoints_url {self.url} needs a Python package that is missing: {mend}") from None
+        except (ValueError, TypeError, OSError) as error:
             raise UnusableStore(
-                f"checkpoints_url {url} cannot be used: {error}; write s3://BUCKET/PREFIX, or the URL of another file "
-                "system that fsspec knows"
+                f"checkpoints_url {self.url} cannot be used: {without_userinfo(str(error))}; write s3://BUCKET/PREFIX, "
+                "or the URL of another file system that fsspec knows"
             ) from None
         self._root = root.rstrip("/")
         self._is_local = "file" in (self._fs.protocol if isinstance(self._fs.protocol, tuple) else (self._fs.protocol,))
 
     # ------------------------------------------------------------ writing
 
-    def put(self, folder: Path, key: str) -> None:
+    def put(self, folder: Path, key: str, is_stopped: Callable[[], bool] = lambda: False) -> None:
         """Publish a folder's files: all of them, then the manifest, which makes them a checkpoint. Durable when it
-        returns; in the place of whatever is there under the key. OSError if the folder cannot be read."""
-        files = sorted(file for file in folder.iterdir())
+        returns; in the place of whatever is there under the key. The folder gets the manifest too.
+
+        Asks between two files whether it `is_stopped`; then, StoreUnavailable, there is no checkpoint under the key.
+        OSError if the folder cannot be read or written.
+        """
+        files = sorted(file for file in folder.iterdir() if file.name != MANIFEST)
         manifest = {file.name: {"size": file.stat().st_size, "sha256": _digest_of(file)} for file in files}
+        (folder / MANIFEST).write_text(json.dumps({"files": manifest}, indent=2), encoding="utf-8")
         with self._reached():
+            self._go_on(is_stopped)
             self._claim()
             self._delete(f"{key}/{MANIFEST}")
             if self._is_local:
                 self._fs.makedirs(self._path(key), exist_ok=True)
             for file in files:
+                self._go_on(is_stopped)
                 self._fs.put_file(str(file), self._path(f"{key}/{file.name}"))
             if self._is_local:
                 self._sync(key, [file.name for file in files])
-            self._fs.pipe_file(self._path(f"{key}/{MANIFEST}"), json.dumps({"files": manifest}, indent=2).encode())
+                self._claim()  # the disk was not taken away meanwhile
+            self._go_on(is_stopped)
+            self._fs.put_file(str(folder / MANIFEST), self._path(f"{key}/{MANIFEST}"))
             if self._is_local:
                 self._sync(key, [MANIFEST])
 
@@ -98,35 +110,40 @@ class CheckpointStore:
 
     def get(self, key: str, target: Path) -> None:
         """Copy a checkpoint's files to the folder `target`, which appears whole or not at all, and only if they are
-        what was written. NotFound if there is no such checkpoint, InvalidRequest if it is damaged."""
-        files = self._manifest(key)
+        what was written; with the manifest. NotFound if there is no such checkpoint, InvalidRequest if it is damaged,
+        OSError if there is no room."""
+        content, files = self._manifest(key)
         draft = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.draft")
         draft.mkdir(parents=True)
         try:
             for name, expected in files.items():
-                with self._reached(f"{key}/{name}"):
+                with self._found(f"{key}/{name}"):
                     self._fs.get_file(self._path(f"{key}/{name}"), str(draft / name))
                 if (draft / name).stat().st_size != expected["size"] or _digest_of(draft / name) != expected["sha256"]:
                     raise InvalidRequest(
                         f"{name} of the checkpoint at {self.url}/{key} is not what was written there (its SHA-256 "
                         "differs); load another checkpoint"
                     )
+            (draft / MANIFEST).write_bytes(content)
+            for path in (*draft.iterdir(), draft):
+                sync(path)
             if not target.exists():
                 draft.rename(target)
+                sync(target.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
     def damage(self, key: str) -> str | None:
         """What is wrong with a checkpoint, of which every byte is read; None if it is what was written."""
         try:
-            files = self._manifest(key)
+            _, files = self._manifest(key)
         except NotFound:
             return f"it is missing at {self.url}"
         except InvalidRequest as error:
             return str(error)
         for name, expected in files.items():
             try:
-                with self._reached(), self._fs.open(self._path(f"{key}/{name}"), "rb") as stream:
+                with self._found(key), self._fs.open(self._path(f"{key}/{name}"), "rb") as stream:
                     digest = hashlib.sha256()
                     while block := stream.read(BLOCK_BYTES):
                         digest.update(block)
@@ -148,7 +165,8 @@ class CheckpointStore:
     # ------------------------------------------------------------ whose it is
 
     def claim(self) -> None:
-        """Take the store for this data directory. UnusableStore if it is another's."""
+        """Take the store for this data directory. UnusableStore if it is another's; StoreUnavailable if it was this
+        one's and does not know it any more, as the empty folder does where a disk is not mounted."""
         with self._reached():
             self._claim()
 
@@ -157,48 +175,91 @@ class CheckpointStore:
         probe = self._path(f".probe-{uuid.uuid4().hex[:8]}")
         try:
             with self._reached():
+                if self._owner is not None and self._owner.has_claimed(self.url):
+                    self._claim()
                 if self._is_local:
                     self._fs.makedirs(self._root, exist_ok=True)
                 self._fs.pipe_file(probe, b"probe")
                 if self._fs.cat_file(probe) != b"probe":
                     return "what is written there is not what is read again"
                 self._fs.rm_file(probe)
-        except (StoreUnavailable, NotFound) as error:
+        except (StoreUnavailable, UnusableStore, NotFound) as error:
             return str(error)
         return None
 
     def _claim(self) -> None:
-        if self._is_claimed:
-            return
-        path = self._path(OWNER)
-        if not self._fs.exists(path):
-            if self._is_local:
-                self._fs.makedirs(self._root, exist_ok=True)
-            self._fs.pipe_file(path, json.dumps({"data_directory": self._owner}).encode())
-        owner = json.loads(self._fs.cat_file(path)).get("data_directory")
-        if owner != self._owner:
+        assert self._owner is not None, "it is only read"
+        known, found = self._owner.has_claimed(self.url), self._found_owner()
+        if found is None and not known:
+            with self._claiming:
+                if (found := self._found_owner()) is None:
+                    self._write_owner()
+                    found = self._found_owner()
+        if found == self._owner.id:
+            self._owner.remember(self.url)
+        elif known:
+            raise StoreUnavailable(self._not_there())
+        else:
             raise UnusableStore(
-                f"{self.url} holds the checkpoints of another data directory ({owner}), whose files would be removed "
-                f"as left over; give this server another checkpoints_url, or remove {self.url}/{OWNER} if that data "
-                "directory is gone for good and this one was restored from its backup"
+                f"{self.url} holds the checkpoints of another data directory ({found}), whose files would be "
+                "removed as left over; give this server another checkpoints_url, or remove "
+                f"{self.url}/{OWNER} if that data directory is gone for good and this one was restored from its "
+                "backup"
             )
-        self._is_claimed = True
+
+    def _found_owner(self) -> str | None:
+        """The id in owner.json; None if there is none."""
+        try:
+            return str(json.loads(self._fs.cat_file(self._path(OWNER)))["data_directory"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, LookupError, TypeError):
+            raise UnusableStore(
+                f"{self.url}/{OWNER} is damaged; it should hold {self._owner_text()}, if the store is this server's"
+            ) from None
+
+    def _write_owner(self) -> None:
+        text = self._owner_text().encode()
+        if not self._is_local:
+            self._fs.pipe_file(self._path(OWNER), text)
+            return
+        self._fs.makedirs(self._root, exist_ok=True)
+        draft = Path(self._path(f".{OWNER}.draft"))
+        draft.write_bytes(text)
+        sync(draft)
+        os.replace(draft, self._path(OWNER))
+        sync(Path(self._root))
+        sync(Path(self._root).parent)
+
+    def _owner_text(self) -> str:
+        return json.dumps({"data_directory": self._owner.id if self._owner else "ITS ID"})
+
+    def _not_there(self) -> str:
+        return (
+            f"{self.url} does not have the {OWNER} that was written there: is its disk mounted? If it was emptied on "
+            f"purpose, write {self._owner_text()} to {self.url}/{OWNER}"
+        )
 
     # ------------------------------------------------------------ inside
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}"
 
-    def _manifest(self, key: str) -> dict[str, dict[str, Any]]:
-        with self._reached(key):
+    def _manifest(self, key: str) -> tuple[bytes, dict[str, dict[str, Any]]]:
+        """(as it is there, what it says)."""
+        with self._found(key):
             content = self._fs.cat_file(self._path(f"{key}/{MANIFEST}"))
         try:
-            files = json.loads(content)["files"]
-            return {name: {"size": int(of["size"]), "sha256": str(of["sha256"])} for name, of in files.items()}
-        except (ValueError, LookupError, TypeError, AttributeError):
+            return content, _parsed(content)
+        except ValueError:
             raise InvalidRequest(
                 f"the manifest of the checkpoint at {self.url}/{key} is damaged; load another checkpoint"
             ) from None
+
+    @staticmethod
+    def _go_on(is_stopped: Callable[[], bool]) -> None:
+        if is_stopped():
+            raise StoreUnavailable("its publication was given up")
 
     def _delete(self, key: str) -> None:
         if self._fs.exists(self._path(key)):
@@ -220,27 +281,57 @@ class CheckpointStore:
         raises is as various as stores are."""
         try:
             yield
-        except (NotFound, UnusableStore):
+        except (NotFound, StoreUnavailable, UnusableStore):
             raise
         except FileNotFoundError:
             raise NotFound(
                 f"there is nothing at {self.url}{key and f'/{key}'}: it was removed there, or never whole"
             ) from None
         except Exception as error:
-            raise StoreUnavailable(f"{self.url} cannot be used now: {' '.join(str(error).split())}") from error
+            why = without_userinfo(" ".join(str(error).split()))
+            raise StoreUnavailable(f"{self.url} cannot be used now: {why}") from error
+
+    @contextmanager
+    def _found(self, key: str) -> Iterator[None]:
+        """As `_reached`; NotFound only if the store itself is there: a disk that is not mounted comes back."""
+        try:
+            with self._reached(key):
+                yield
+        except NotFound:
+            with self._reached():
+                found = self._found_owner()
+                is_ours = self._owner is None or not self._owner.has_claimed(self.url) or found == self._owner.id
+                if found is None or not is_ours:
+                    raise StoreUnavailable(self._not_there()) from None
+            raise
 
 
-def id_of(data_dir: Path) -> str:
-    """The id by which a store knows whose it is, made at the first call. Backups do not have it: what was restored
-    beside a server that lives must not take its store. OSError."""
-    file = data_dir / "store_id"
-    if not file.exists():
-        draft = file.with_suffix(".draft")
-        draft.write_text(uuid.uuid4().hex, encoding="ascii")
-        sync(draft)
-        os.replace(draft, file)
-        sync(data_dir)
-    return file.read_text(encoding="ascii").strip()
+def is_whole(copy: Path) -> bool:
+    """Whether a copy is there and its files have the sizes that its manifest says; one without a manifest was saved
+    here and not published yet, or before copies had theirs. OSError."""
+    if not copy.is_dir():
+        return False
+    try:
+        files = _parsed((copy / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return True
+    except ValueError:
+        return False
+    there = {file.name: file.stat().st_size for file in copy.iterdir()}
+    return all(there.get(name) == of["size"] for name, of in files.items())
+
+
+def _parsed(manifest: bytes) -> dict[str, dict[str, Any]]:
+    """{file name: size, sha256}. ValueError: also for names of files that would be elsewhere."""
+    try:
+        files = json.loads(manifest)["files"]
+        described = {name: {"size": int(of["size"]), "sha256": str(of["sha256"])} for name, of in files.items()}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
+    for name in described:
+        if name in ("", ".", "..", MANIFEST) or any(character in name for character in "/\\\0"):
+            raise ValueError(f"{name!r} is no name of a file")
+    return described
 
 
 def _digest_of(file: Path) -> str:

@@ -17,7 +17,7 @@ from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.billing import Billing
 from tinkercloud.control.checkpoint_cache import CheckpointCache
-from tinkercloud.control.checkpoint_store import CheckpointStore, UnusableStore, id_of
+from tinkercloud.control.checkpoint_store import CheckpointStore, UnusableStore
 from tinkercloud.control.checkpoints import Checkpoints
 from tinkercloud.control.copies import Copies
 from tinkercloud.control.engines import OnProgress
@@ -32,6 +32,7 @@ from tinkercloud.control.samplers import Samplers
 from tinkercloud.control.sessions import Sessions
 from tinkercloud.control.stability import StabilityRecords
 from tinkercloud.control.storage import Storage
+from tinkercloud.control.store_owner import StoreOwner
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import AuditRecord
 
@@ -53,7 +54,7 @@ class Service:
         data_dir = Path(settings.data_dir)
         self._cache: CheckpointCache | None = None
         if settings.checkpoints_url is not None:
-            store = CheckpointStore(settings.checkpoints_url, id_of(data_dir))
+            store = CheckpointStore(settings.checkpoints_url, StoreOwner(data_dir))
             self._cache = CheckpointCache(store, data_dir, int(settings.checkpoints_cache_bytes))
         self.storage = Storage(ledger, data_dir, self._cache)
         self._sweeping: asyncio.Task[None] | None = None

@@ -17,7 +17,7 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from tinkercloud.control.checkpoint_cache import CheckpointCache, left_over
-from tinkercloud.control.checkpoint_store import StoreUnavailable, UnusableStore
+from tinkercloud.control.checkpoint_store import StoreUnavailable, UnusableStore, is_whole
 from tinkercloud.control.folders import (
     CACHE,
     TREES,
@@ -88,7 +88,7 @@ class Storage:
         if is_stored(folder):
             if self._cache is not None:
                 await self._cache.fetch(folder)
-            elif not (self._data_dir / folder).is_dir():
+            elif not await asyncio.to_thread(is_whole, self._data_dir / folder):
                 raise InvalidRequest(_no_store(folder))
 
     async def evict(self) -> None:
@@ -141,7 +141,7 @@ class Storage:
             if current is None:
                 raise NotFound(f"there is no checkpoint {path} any more; load another one")
             source = self._data_dir / current.folder
-            if is_stored(current.folder) and not source.is_dir():
+            if is_stored(current.folder) and not await asyncio.to_thread(is_whole, source):
                 return current.folder
             await asyncio.to_thread(link_files, source, self._data_dir / folder, self._data_dir)
             return None
