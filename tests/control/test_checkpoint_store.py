@@ -11,20 +11,20 @@ import fsspec
 import pytest
 
 from tests import s3 as moto
-from tests.control.conftest import BATCH, OWNER, Client
+from tests.control.conftest import BATCH, NANO, OWNER, Client
 from tinkercloud.cli import doctor
 from tinkercloud.config import Settings
 from tinkercloud.control import checkpoint_cache, checkpoint_store
 from tinkercloud.control.backup import back_up
 from tinkercloud.control.checkpoint_cache import CheckpointCache, left_over
 from tinkercloud.control.checkpoint_store import CheckpointStore, StoreUnavailable, UnusableStore
-from tinkercloud.control.folders import is_stored, key_of
+from tinkercloud.control.folders import is_import, is_stored, key_of
 from tinkercloud.control.store_owner import StoreOwner, without_userinfo
 from tinkercloud.control.verify import problems
 from tinkercloud.engine.types import Failure, Sample, SampleOutput, SamplingParams
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.lock import DataDirLock
-from tinkercloud.ledger.records import CheckpointRecord
+from tinkercloud.ledger.records import CheckpointRecord, ModelRecord
 
 KEY = "session_train_0/weights/it/3"
 
@@ -413,6 +413,10 @@ def test_a_save_that_the_store_does_not_take_is_none(shared, url, monkeypatch):
             outcome = await client.result(entry)
             assert isinstance(outcome, Failure) and outcome.category == "server"
             assert "the store is away" in outcome.error and len(failures) == 3
+            kept = await service.checkpoints.get(f"tinker://{client.model.model_id}/weights/retried", OWNER)
+            with pytest.raises(Unavailable, match="the store is away"):
+                await service.checkpoints.import_folder(service.checkpoints.folder(kept), "theirs", NANO, OWNER)
+            assert not [run for run in await service._ledger.find(ModelRecord) if is_import(run.model_id)]
             await settled(cache)
             assert len(cache.store.keys()) == 1
             with pytest.raises(NotFound):
@@ -458,9 +462,11 @@ def test_a_crash_between_two_steps_leaves_nothing_for_long(serving, run, tmp_pat
             folder = service.checkpoints.folder(saved)
             store.put(folder, key_of(saved.folder).replace("/it/", "/dead/"))  # as if its end had not been recorded
             store.put(folder, key_of(saved.folder).replace("/it/5", "/ahead/50"))
-            await service._ledger.remove(CheckpointRecord, other.path)
+            imported = await service.checkpoints.import_folder(folder, "theirs", NANO, OWNER)
+            for one in (other, imported):
+                await service._ledger.remove(CheckpointRecord, one.path)
         data, reading = tmp_path / "data", CheckpointStore(url)
-        assert len(reading.keys()) == 4
+        assert len(reading.keys()) == 5
         assert [one.what for one in problems(data, None, reading) if one.lost] == []
         assert "not looked at" in " ".join(one.what for one in problems(data))
         back_up(data, None, tmp_path / "backup")

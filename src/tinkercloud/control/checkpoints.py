@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from tinkercloud.control.folders import (
     checkpoint_path,
     checkpoints_folder,
     draft_of,
+    import_id,
     parse_checkpoint_path,
 )
 from tinkercloud.control.storage import Storage
@@ -138,7 +138,7 @@ class Checkpoints:
                 f"the adapter has rank {lora.rank}, above max_rank {info.max_rank} of {base_model}; "
                 "serve the model with a larger max_rank"
             )
-        model_id = f"import-{uuid.uuid4()}"
+        model_id = import_id()
         stored = self._storage.has_store
         drafts = self._data_dir / checkpoints_folder(draft_of(model_id))
         draft = checkpoint_folder(draft_of(model_id), "training", name, 0)
@@ -151,13 +151,21 @@ class Checkpoints:
         finally:
             await asyncio.to_thread(shutil.rmtree, drafts, ignore_errors=True)
         target = checkpoint_folder(model_id, "training", name, 0, stored=stored)
-        await self._storage.publish(target)
         checkpoint = self._imported(model_id, name, owner, info, lora, target)
         try:
-            await self._insert_run(checkpoint)
+            await self._insert_run(checkpoint)  # by which a start knows what a crash left of it in the store
+            await self._publish(checkpoint)
             return await self._ledger.insert(checkpoint)
         except Exception:  # not of a caller that was cancelled: its write may still happen
             await self._storage.free(target)
+            raise
+
+    async def _publish(self, imported: CheckpointRecord) -> None:
+        try:
+            await self._storage.publish(imported.folder)
+        except Unavailable:
+            await self._ledger.remove(ModelRecord, imported.model_id)
+            await self._ledger.remove(SessionRecord, imported.model_id)
             raise
 
     def _imported(

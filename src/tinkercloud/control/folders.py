@@ -30,6 +30,8 @@ CACHE = "cache"
 """The folder of the copies of stored checkpoints: what a record names there is in the store, whether or not it is here
 too. What is in `checkpoints` is nowhere else."""
 
+IMPORT_PREFIX = "import-"
+
 KEPT_TREES = ("checkpoints/*/*/*/*", f"{SAMPLERS}/*", "snapshots/*/*", "pins/*/*")
 """Patterns of the folders that are each written by one operation, and go as a whole."""
 
@@ -66,6 +68,16 @@ def is_stored(folder: str) -> bool:
 def key_of(folder: str) -> str:
     """What a stored checkpoint's folder is called in the store."""
     return folder.removeprefix(f"{CACHE}/")
+
+
+def import_id() -> str:
+    """A new one for the training run that an import is of."""
+    return f"{IMPORT_PREFIX}{uuid.uuid4()}"
+
+
+def is_import(model_id: str) -> bool:
+    """Whether it is an `import_id`."""
+    return model_id.startswith(IMPORT_PREFIX)
 
 
 def draft_of(model_id: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -21,6 +22,7 @@ from tinkercloud.control.checkpoint_store import StoreUnavailable, UnusableStore
 from tinkercloud.control.folders import (
     CACHE,
     TREES,
+    is_import,
     is_import_draft,
     is_stored,
     key_of,
@@ -61,6 +63,7 @@ class Storage:
         self.saving: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         """By owner: held from the look at how much is stored until one more checkpoint is recorded."""
         self._pinning: set[str] = set()
+        self._since = time.time()
 
     # ------------------------------------------------------------ what lies in a store
 
@@ -103,7 +106,7 @@ class Storage:
         try:
             keys = await self._cache.keys()
             pending = {run_part(stream) for stream in await self._ledger.pending_streams()}
-            applied = {run_part(run.model_id): run.applied_seq for run in await self._ledger.find(ModelRecord)}
+            applied = {run_part(run.model_id): self._ended(run) for run in await self._ledger.find(ModelRecord)}
             unnamed = left_over(keys, await self._named(), applied, pending)
         except (StoreUnavailable, UnusableStore, SQLAlchemyError) as error:
             log.warning("what a crash may have left in the store was not looked for: %s", error)
@@ -112,6 +115,11 @@ class Storage:
             log.info("%d checkpoints in the store that nothing names are removed, as a crash leaves them", len(unnamed))
         for key in unnamed:
             self._cache.discard(f"{CACHE}/{key}")
+
+    def _ended(self, run: ModelRecord) -> int:
+        """The newest seq_id of a run whose save has ended: of an import, whose only one is 0, if a server before this
+        one has begun it."""
+        return 0 if is_import(run.model_id) and run.created_at < self._since else run.applied_seq
 
     # ------------------------------------------------------------ loads hold what they load
 
