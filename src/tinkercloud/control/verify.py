@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from sqlalchemy import Connection
 
-from tinkercloud.control.checkpoint_store import CheckpointStore, StoreUnavailable
+from tinkercloud.control.checkpoint_store import MANIFEST, CheckpointStore, StoreUnavailable, is_whole
 from tinkercloud.control.folders import is_stored, key_of
 from tinkercloud.control.inflight import newest_of
 from tinkercloud.control.storage import named_folders, unnamed_folders
@@ -112,8 +112,8 @@ def _stored(data_dir: Path, folder: str, name: str, store: CheckpointStore | Non
         wrong = str(error)
     if wrong is not None:
         mend = (
-            f"copy {folder} there again, or restore it as the store can"
-            if copy is None
+            f"copy the files of {folder} there again, {MANIFEST} as the last, or restore it as the store can"
+            if copy is None and (data_dir / folder / MANIFEST).is_file() and is_whole(data_dir / folder)
             else "restore it as the store can"
         )
         yield Problem(f"{key_of(folder)} ({name}): {wrong}", mend)
