@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import shutil
 import threading
 import time
 from contextlib import asynccontextmanager
@@ -165,9 +166,13 @@ def test_a_disk_that_is_not_mounted_is_no_new_store(us, saved, tmp_path):
     emptied = tmp_path / "emptied"
     emptied.mkdir()
     (disk / "owner.json").rename(emptied / "owner.json")
+    CheckpointStore(url, StoreOwner(emptied)).claim()
+    with pytest.raises(StoreUnavailable, match="another data directory's now"):
+        store.put(saved, KEY)
+    (disk / "owner.json").unlink()
     with pytest.raises(StoreUnavailable) as refused:
         store.put(saved, KEY)
-    (disk / "owner.json").write_text(str(refused.value).partition("write ")[2].partition(" to ")[0])
+    (disk / "owner.json").write_text(str(refused.value).partition("must hold ")[2])
     store.put(saved, KEY)
 
 
@@ -483,6 +488,11 @@ def test_a_crash_between_two_steps_leaves_nothing_for_long(serving, run, tmp_pat
         store_file.write_bytes(b"rust")
         (lost,) = [one for one in problems(data, None, reading) if one.lost]
         assert "adapter_model.safetensors is damaged" in lost.what
+        shutil.rmtree(store_file.parent)
+        (lost,) = [one for one in problems(data, None, reading) if one.lost]
+        assert "is missing" in lost.what and f"copy the files of {saved.folder} there again" in lost.mend
+        shutil.copytree(data / saved.folder, store_file.parent)
+        assert not [one for one in problems(data, None, reading) if one.lost]
         settings = Settings.load(data_dir=data, checkpoints_url=url)
         owner = json.loads((tmp_path / "store" / "owner.json").read_text())["data_directory"]
         assert owner == StoreOwner(settings.data_dir).id

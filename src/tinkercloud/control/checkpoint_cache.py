@@ -7,12 +7,12 @@ import logging
 import shutil
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 from tinkercloud.control.checkpoint_store import CheckpointStore, StoreUnavailable, UnusableStore, is_whole
 from tinkercloud.control.daemon_threads import DaemonThreads
@@ -52,7 +52,7 @@ class CheckpointCache:
         self._budget = budget
         self._streams = DaemonThreads(STREAMS, "checkpoint store")
         self._removals = DaemonThreads(1, "checkpoint store, removals")
-        self._fetching: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._fetching: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._publishing: set[str] = set()
         self._used_at: dict[str, float] = {}
         self._changing: dict[str, asyncio.Task[None]] = {}
@@ -89,14 +89,12 @@ class CheckpointCache:
         """Make sure that a folder's copy is here. NotFound, InvalidRequest, StoreUnavailable."""
         self.touch(folder)
         place = self._data_dir / folder
-        async with self._fetching[folder]:
+        async with self._fetching.setdefault(folder, asyncio.Lock()):
             try:
                 if not await asyncio.to_thread(is_whole, place):
                     await self._in_thread(self._streams, lambda: self._fetch(folder))
             except (OSError, UnusableStore) as error:
                 raise StoreUnavailable(f"{key_of(folder)} cannot be copied from the store now: {error}") from error
-            finally:
-                self._fetching.pop(folder, None)
 
     def _fetch(self, folder: str) -> None:
         place = self._data_dir / folder

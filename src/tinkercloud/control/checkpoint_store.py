@@ -198,7 +198,7 @@ class CheckpointStore:
         if found == self._owner.id:
             self._owner.remember(self.url)
         elif known:
-            raise StoreUnavailable(self._not_there())
+            raise StoreUnavailable(self._not_there(found))
         else:
             raise UnusableStore(
                 f"{self.url} holds the checkpoints of another data directory ({found}), whose files would be "
@@ -234,10 +234,11 @@ class CheckpointStore:
     def _owner_text(self) -> str:
         return json.dumps({"data_directory": self._owner.id if self._owner else "ITS ID"})
 
-    def _not_there(self) -> str:
+    def _not_there(self, found: str | None) -> str:
+        what = f"is another data directory's now ({found})" if found else f"lacks the {OWNER} that was written there"
         return (
-            f"{self.url} does not have the {OWNER} that was written there: is its disk mounted? If it was emptied on "
-            f"purpose, write {self._owner_text()} to {self.url}/{OWNER}"
+            f"{self.url} {what}: is the right disk mounted? If that was done on purpose, and it is this server's, "
+            f"{self.url}/{OWNER} must hold {self._owner_text()}"
         )
 
     # ------------------------------------------------------------ inside
@@ -302,7 +303,7 @@ class CheckpointStore:
                 found = self._found_owner()
                 is_ours = self._owner is None or not self._owner.has_claimed(self.url) or found == self._owner.id
                 if found is None or not is_ours:
-                    raise StoreUnavailable(self._not_there()) from None
+                    raise StoreUnavailable(self._not_there(found)) from None
             raise
 
 
