@@ -257,6 +257,21 @@ def test_a_removal_that_is_late_does_not_take_what_was_saved_again(cache, monkey
     run(story)
 
 
+def test_removals_do_not_hold_up_the_rest(cache, monkeypatch, run):
+    async def story():
+        goes_on = threading.Event()
+        monkeypatch.setattr(cache.store, "remove", lambda key: goes_on.wait(20))
+        for number in range(checkpoint_cache.STREAMS + 1):
+            cache.discard(f"cache/a_train_0/weights/it/{number}")
+        await asyncio.sleep(0)
+        await asyncio.wait_for(cache.publish(FOLDER), 10)
+        goes_on.set()
+        await settled(cache)
+        await cache.close()
+
+    run(story)
+
+
 def test_a_publication_that_was_given_up_ends_before_the_next_of_its_key(cache, monkeypatch, run):
     async def story():
         putting, goes_on, calls = held(monkeypatch, cache.store._fs, "put_file")
