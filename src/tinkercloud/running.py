@@ -36,9 +36,12 @@ def find(data_dir: Path) -> Running | None:
     """The server of a data directory; None if none runs, or the directory cannot be read."""
     try:
         running = Running(**json.loads((data_dir / FILE).read_text(encoding="utf-8")))
-        os.kill(running.pid, 0)
-    except PermissionError:  # it is another user's
-        return running
-    except (OSError, ValueError, TypeError):  # none, or one that was killed
+    except (OSError, ValueError, TypeError):
         return None
+    try:
+        os.kill(running.pid, 0)
+    except PermissionError:
+        pass  # it lives, and is another user's
+    except OSError:
+        return None  # it was killed
     return running

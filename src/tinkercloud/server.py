@@ -117,11 +117,15 @@ async def _serve(
             "front of this server speak HTTPS"
         )
     on_listening(_url_for(socket.gethostname(), listener, settings))
-    running.announce(settings.data_dir, _running(listener, settings))
+    try:
+        running.announce(settings.data_dir, _running(listener, settings))
+    except OSError as error:
+        log.warning("commands on this machine need --url to find this server: %s", error)
     try:
         await server.serve(sockets=[listener])
     finally:
-        running.withdraw(settings.data_dir)
+        with contextlib.suppress(OSError):  # then its file names a process that is gone
+            running.withdraw(settings.data_dir)
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)

@@ -10,6 +10,7 @@ from tests.control.conftest import BATCH, NANO, OWNER, Client
 from tinkercloud.engine.fingerprint import fingerprint_of
 from tinkercloud.engine.types import (
     AdamParams,
+    Failure,
     ForwardBackward,
     LossOutput,
     OptimStep,
@@ -41,7 +42,7 @@ def test_a_run_waits_for_its_weights_and_goes_on_with_them(serving, run, undistu
             expected = await client.result(await service.samplers.sample(sampler, 0, draw(sampler)))
             await service.models.withdraw(NANO)
             kept = await client.send("forward_backward", ForwardBackward(client.model.model_id, BATCH, "cross_entropy"))
-            drawn = await service.samplers.sample(sampler, 1, draw(sampler))
+            drawn, unwanted = [await service.samplers.sample(sampler, seq, draw(sampler)) for seq in (1, 2)]
         async with serving(models=[f"{NANO}={other}"]) as service:
             client.service = service
             await service.models.settled()
@@ -50,7 +51,7 @@ def test_a_run_waits_for_its_weights_and_goes_on_with_them(serving, run, undistu
                 client.load(saved),
                 client.created_from(saved),
                 service.samplers.create(client.session, 8, None, saved.path),
-                service.samplers.sample(sampler, 2, draw(sampler)),
+                service.samplers.sample(sampler, 3, draw(sampler)),
             ):
                 with pytest.raises(InvalidRequest) as raised:
                     await refused
@@ -63,6 +64,11 @@ def test_a_run_waits_for_its_weights_and_goes_on_with_them(serving, run, undistu
                 _, outcome = await service.futures.outcome(entry.request_id, OWNER, timeout=0.2)
                 assert outcome is None, "it was accepted: it is neither run on other weights nor lost"
                 assert "goes on then" in await service.futures.paused(entry)
+            desk = service.models.get(NANO).desk
+            assert desk.pending == 2
+            await desk.cancel(unwanted.request_id)
+            outcome = await client.result(unwanted)
+            assert isinstance(outcome, Failure) and "cancelled" in outcome.error and desk.pending == 1
             leaving = await Client.create(service)
             await leaving.result(await service.runs.unload(leaving.model))
         async with serving() as service:
@@ -115,6 +121,9 @@ def test_weights_are_known_wherever_and_in_whatever_files_they_lie(tmp_path, oth
     says = {"transformers_version": "9", "eos_token_id": 3, "_name_or_path": "elsewhere"}
     (folder / "config.json").write_text(json.dumps(config | says))
     assert fingerprint_of(folder) == fingerprint_of(FOLDER) != fingerprint_of(other)
+    shutil.copy(other / "model.safetensors", folder)
+    assert fingerprint_of(folder) == fingerprint_of(other), "as transformers does, which loads a single file first"
+    (folder / "model.safetensors").unlink()
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1.0}))
     assert fingerprint_of(folder) != fingerprint_of(FOLDER), "the same tensors, other numbers"
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tests.control.conftest import NANO, OWNER, Client, kill_engine
+from tinkercloud.control.engine_handle import EngineHandle
 from tinkercloud.control.inflight import InflightWeights
 from tinkercloud.control.verify import problems
 from tinkercloud.engine.types import Failure, Sample, SampleOutput, SamplingParams
@@ -139,6 +140,32 @@ def test_weights_that_cannot_be_opened_are_nobody_elses(shared, monkeypatch):
         await client.steps(1)
         third = await saved(client, 2)
         assert await drawn(service, first) == await drawn(service, second) == await drawn(service, third)
+
+    shared(story)
+
+
+def test_weights_that_could_not_be_read_once_are_asked_for_again(shared, monkeypatch):
+    async def story(service):
+        desk = service.models.get(NANO).desk
+        client = await Client.create(service)
+        first = await saved(client, 0)
+        await client.steps(1)
+        second = await saved(client, 1)
+        newest = await drawn(service, second)
+        ask = EngineHandle.ask
+        for sampler in (first, second):
+            await desk.close(sampler.sampler_id)
+
+        async def out_of_files(self, operation):
+            if b"open_sampler" in operation:
+                return Failure("the sampler's weights cannot be read: too many open files", "server")
+            return await ask(self, operation)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(EngineHandle, "ask", out_of_files)
+            failed = await Client._finished(service, await sample(service, first, 1))
+            assert isinstance(failed, Failure) and failed.category == "server"
+        assert await drawn(service, first) == newest
 
     shared(story)
 

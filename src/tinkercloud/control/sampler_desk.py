@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 PLACE_SECONDS = 1.0
 """How long an engine may take to say where a sample stands: it may be busy with a batch."""
 
+CANCELLED = Failure("the sample was cancelled", "user")
+
 NUM_SAMPLES = "num_samples"
 """The detail of an entry that says how many sequences it asks for; without it, one."""
 
@@ -70,7 +72,8 @@ class SamplerDesk:
         """Samplers to close when their last sample has ended."""
         self._deaths: Counter[str] = Counter()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._cancelled: set[str] = set()
+        self._cancelled: dict[str, asyncio.Event] = {}
+        """Of each sample that has not ended."""
         self._publishing: set[asyncio.Task[None]] = set()
         self.pending_of: Counter[str] = Counter()
         """Sequences accepted and not ended, by session."""
@@ -90,12 +93,13 @@ class SamplerDesk:
             self.pending_of[sampler.session_id] += entry.details.get(NUM_SAMPLES, 1)
             self._running[sampler.sampler_id] += 1
             self._closing.discard(sampler.sampler_id)
+            self._cancelled[entry.request_id] = asyncio.Event()
             task = asyncio.create_task(self._run(entry, sampler), name=f"sample {entry.request_id}")
             self._tasks[entry.request_id] = task
 
     def _forget(self, entry: Entry, sampler: SamplerRecord) -> None:
         del self._tasks[entry.request_id]
-        self._cancelled.discard(entry.request_id)
+        del self._cancelled[entry.request_id]
         self._deaths.pop(entry.request_id, None)
         self.pending_of[sampler.session_id] -= entry.details.get(NUM_SAMPLES, 1)
         if not self.pending_of[sampler.session_id]:
@@ -108,7 +112,7 @@ class SamplerDesk:
         """Stop a sample if it waits or runs; its future then fails."""
         if request_id not in self._tasks:
             return
-        self._cancelled.add(request_id)  # for one that has not reached the engine yet
+        self._cancelled[request_id].set()  # for one that has not reached the engine yet
         if self._opened_in is not None:
             try:
                 await self._opened_in.ask(encode(CancelSample(request_id)))
@@ -224,7 +228,10 @@ class SamplerDesk:
                     self._deaths[request_id] += 1
                     log.error("%s; sample %s runs again on the next one", error, request_id)
             if not has_its_weights:
-                await engine.died.wait()  # the next one may have been loaded from what its base model was before
+                # The next engine may have been loaded from what its base model was before.
+                await _first_of(engine.died, self._cancelled[request_id])
+                if self._cancelled[request_id].is_set():
+                    return CANCELLED
             elif together == 1:
                 return Failure(
                     f"the engine process ended {self._deaths[request_id]} times during this sample, at last while it "
@@ -234,8 +241,8 @@ class SamplerDesk:
 
     async def _sample_in(self, engine: EngineHandle, request_id: str, payload: bytes, sampler: SamplerRecord) -> Result:
         opened = await self._open(engine, sampler)
-        if request_id in self._cancelled:
-            return Failure("the sample was cancelled", "user")
+        if self._cancelled[request_id].is_set():
+            return CANCELLED
         return opened if isinstance(opened, Failure) else await engine.ask(payload)
 
     def _may_run_with(self, request_id: str) -> int | None:
@@ -267,6 +274,7 @@ class SamplerDesk:
             del self._opened[sampler_id]
 
     async def _ask_to_open(self, engine: EngineHandle, sampler: SamplerRecord) -> Result:
+        refusal: Failure | None = None
         while True:
             weights = await self.inflight.of(sampler)  # nobody else runs from here to the engine: none is newer
             try:
@@ -278,11 +286,14 @@ class SamplerDesk:
             if not isinstance(opened, Failure):
                 self.inflight.opened(weights)
                 return opened
+            if opened.category == "server":
+                return opened  # it may work the next time
+            refusal = refusal or opened
             if sampler.follows is not None:
                 log.error("inflight weights of %s cannot be sampled from: %s", sampler.follows, opened.error)
                 self.inflight.cannot_open(weights)
             if weights.sampler_id == sampler.sampler_id:
-                return opened
+                return refusal  # what is wrong with the newest: those before may only be gone
 
     async def _close_unused(self, spared: str) -> None:
         for sampler_id in list(self._opened):
@@ -290,6 +301,16 @@ class SamplerDesk:
                 return
             if sampler_id != spared and not self.runs(sampler_id):
                 await self.close(sampler_id)
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    """Until one of them is set."""
+    waits = [asyncio.ensure_future(event.wait()) for event in events]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
 def client_of(entry: Entry) -> str:

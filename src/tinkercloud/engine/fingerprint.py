@@ -60,13 +60,14 @@ def _deciding(config: Any) -> Any:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Those that transformers loads: others may lie beside them, such as the same weights in another layout."""
-    if (folder / INDEX_FILE).is_file():
-        return sorted(
-            folder / name for name in set(json.loads((folder / INDEX_FILE).read_bytes())["weight_map"].values())
-        )
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    """Those that transformers loads, a single file before an index: others may lie beside them, such as the shards of
+    what a fine-tune has replaced."""
+    single, index = folder / "model.safetensors", folder / INDEX_FILE
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        return sorted(folder / name for name in set(json.loads(index.read_bytes())["weight_map"].values()))
+    return sorted(folder.glob("*.safetensors"))
 
 
 def _header(file: Path) -> dict[str, tuple[str, list[int], int, int]]:
