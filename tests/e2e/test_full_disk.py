@@ -36,7 +36,7 @@ def test_a_full_disk(tmp_path):
         kept = run.save_state("kept").result().path
 
         disk.fill(leaving=200_000)  # enough for the log, and too little for these weights
-        with pytest.raises(tinker.RequestFailedError, match="could not be written, and nothing is left") as failed:
+        with pytest.raises(tinker.RequestFailedError, match="could not be written") as failed:
             run.save_state("too-large").result()
         assert failed.value.category is types.RequestErrorCategory.Server
 

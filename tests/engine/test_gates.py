@@ -10,6 +10,7 @@ from msgspec import structs
 from tests.engine import reference
 from tests.engine.examples import forward_backward, gradient_of, make_datum, parameters_of, run, shaken, together
 from tests.engine.precision import assert_flat, assert_same, assert_same_metrics, assert_tensors
+from tinkercloud.engine.torch import attention
 from tinkercloud.engine.torch.kernels import products as kernel_products
 from tinkercloud.engine.types import AdamParams, Datum, DropModel, LossOutput, OptimStep, SaveWeights
 
@@ -151,6 +152,12 @@ def test_processors_with_narrow_registers_keep_the_promise_too(trainer_of, monke
         run(trainer, forward_backward("m", data))
         gradients.append(gradient_of(trainer, "m"))
     assert_flat(gradients[1], gradients[0], relative=1e-5)
+    test_a_run_alone_is_the_run_among_any_others(trainer_of, 48, True)
+
+
+def test_sequences_too_long_for_the_kernel_keep_the_promise_too(trainer_of, monkeypatch):
+    """Those longer than `LONGEST` have torch's own attention, beside shorter ones in one pass."""
+    monkeypatch.setattr(attention, "LONGEST", 12)
     test_a_run_alone_is_the_run_among_any_others(trainer_of, 48, True)
 
 

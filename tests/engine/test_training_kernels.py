@@ -24,12 +24,23 @@ MANY = MANY_ROWS + 39
 PARTS = [slice(0, 1), slice(3, 40), slice(MANY - 30, MANY)]
 
 
-@pytest.fixture(autouse=True, params=[1, 2, 4])
-def threads(request):
+@pytest.fixture(params=[1, 2, 4])
+def same(request):
+    """With so many threads: the results that it is given are those, to the bit, of the same test with fewer."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    yield
+    test = request.node.name.replace(f"[{request.param}", "[", 1)
+
+    def check(*results: Tensor) -> None:
+        first = FIRST.setdefault(test, [result.clone() for result in results])
+        assert all(torch.equal(one, other) for one, other in zip(first, results, strict=True))
+
+    yield check
     torch.set_num_threads(before)
+
+
+FIRST: dict[str, list[Tensor]] = {}
+"""What each test gave first."""
 
 
 def gradient_of(function, x: Tensor, d_output: Tensor) -> Tensor:
@@ -39,7 +50,7 @@ def gradient_of(function, x: Tensor, d_output: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("width", WIDTHS[1:])
-def test_norms(width):
+def test_norms(width, same):
     """Of rows of one number, whose norms have no gradient but rounding, there are none."""
     x, weight, d_normed, added = (numbers(MANY, width), numbers(width), numbers(width, MANY).t(), numbers(MANY, width))
     d_normed = d_normed.contiguous()
@@ -48,16 +59,18 @@ def test_norms(width):
     expected = gradient_of(lambda x: torch.nn.functional.rms_norm(x, (width,), weight.double(), 1e-6), x, d_normed)
     assert_near(got, expected + added.double(), 3e-6)
     assert_near(rms_norm_backward(x, weight, 1e-6, d_normed, None), expected, 3e-6)
+    same(normed, got)
     for rows in PARTS:
         assert torch.equal(rms_norm(x[rows], weight, 1e-6), normed[rows])
         assert torch.equal(rms_norm_backward(x[rows], weight, 1e-6, d_normed[rows], added[rows]), got[rows])
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_gates(width):
+def test_gates(width, same):
     gate_up, d_activated = numbers(MANY, 2 * width, scale=10.0), numbers(MANY, width)
     activated, got = gated(gate_up), gate_up.clone()
     gated_backward(got, d_activated)
+    same(activated, got)
     assert_near(got, gradient_of(lambda x: silu(x[:, :width]) * x[:, width:], gate_up, d_activated), 3e-6)
     for rows in PARTS:
         own = gate_up[rows].clone()
@@ -68,7 +81,7 @@ def test_gates(width):
 
 @pytest.mark.parametrize("normed", [True, False], ids=["normed", "plain"])
 @pytest.mark.parametrize("half", [4, 16, 20])
-def test_rotations(half, normed):
+def test_rotations(half, normed, same):
     """Of four heads of queries and two of keys, and two of values that stay; their gradients lie head by head."""
     weight, size = numbers(6, 2 * half) if normed else None, 2 * half
     projected, angles = numbers(MANY, 8 * size), numbers(MANY, half)
@@ -89,6 +102,7 @@ def test_rotations(half, normed):
     got = rotated_backward(projected, weight, 1e-6, cos, sin, parts)
     assert_near(got, gradient_of(whole, projected, d_heads), 3e-6)
     forward = rotated(projected, weight, 1e-6, 6, cos, sin)
+    same(forward, got)
     for rows in PARTS:
         own = tuple(part[rows] for part in parts)
         assert torch.equal(rotated_backward(projected[rows], weight, 1e-6, cos[rows], sin[rows], own), got[rows])
@@ -96,7 +110,7 @@ def test_rotations(half, normed):
 
 
 @pytest.mark.parametrize("vocab", [3, 16, 100, 4096, 5001])
-def test_softmax(vocab):
+def test_softmax(vocab, same):
     logits, factors = numbers(7, vocab, scale=30.0), numbers(7)
     got = logits.clone()
     log_softmax(got)
@@ -105,21 +119,23 @@ def test_softmax(vocab):
     times = got.clone()
     softmax_times(times, factors)
     assert_near(times, expected.exp() * factors.double()[:, None], 1e-5)
+    same(got, times)
     alone = logits[2:3].clone()
     log_softmax(alone)
     assert torch.equal(alone[0], got[2])
 
 
-def test_softmax_of_what_is_not_finite():
+def test_softmax_of_what_is_not_finite(same):
     logits = numbers(4, 40)
     logits[0, 3], logits[1, 4], logits[2, 39] = -torch.inf, torch.nan, torch.inf
     expected = logits.log_softmax(-1)
     log_softmax(logits)
     torch.testing.assert_close(logits, expected, equal_nan=True)
+    same(logits.nan_to_num())
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 64), (3, 3, 16), (2, 1, 80)])
-def test_causal_attention(heads, kv_heads, size):
+def test_causal_attention(heads, kv_heads, size, same):
     """Whatever sequences are beside it, and a query whatever comes after it."""
     lengths, scaling = [1, 2, 65, 30, 130], 0.3
     rows = sum(lengths)
@@ -127,6 +143,7 @@ def test_causal_attention(heads, kv_heads, size):
     key, value = numbers(rows, kv_heads, size, scale=1.5), numbers(kv_heads, rows, size).transpose(0, 1)
     output, sums = causal_attention(query, key, value, lengths, scaling)
     gradients = causal_attention_backward(query, key, value, output, sums, d_output, lengths, scaling)
+    same(output, sums, *gradients)
 
     inputs = [each.double().requires_grad_() for each in (query, key, value)]
     expected = torch.cat(
@@ -188,7 +205,7 @@ def _matrices(segment: AdapterRows, of: Tensor, sizes: list[int]) -> tuple[list[
 
 @pytest.mark.parametrize("sizes", [[32, 19, 70], [130]], ids=str)
 @pytest.mark.parametrize("width", [8, 40, 256])
-def test_low_rank(width, sizes):
+def test_low_rank(width, sizes, same):
     segments, datums = _adapters(width, sizes)
     rows = segments[-1].start + segments[-1].rows + 1
     x, d_output = numbers(rows, width), numbers(rows, sum(sizes))
@@ -198,6 +215,7 @@ def test_low_rank(width, sizes):
     got, d_got = output.clone(), d_input.clone()
     low = work.forward(x, got)
     work.backward(x, low, d_output, d_got)
+    same(low, got, d_got, *(segment.gradient for segment in segments if segment.gradient is not None))
 
     for segment in segments:
         own = slice(segment.start, segment.start + segment.rows)

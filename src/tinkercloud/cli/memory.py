@@ -75,12 +75,12 @@ def local_folder(model: ModelSettings) -> Path | None:
 
 def stored_numbers(folder: Path) -> Numbers | None:
     """Of the weights in a model's folder; None if they are not all there."""
-    index = folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     try:
-        if index.is_file():
-            files = [folder / name for name in set(json.loads(index.read_bytes())["weight_map"].values())]
+        if single.is_file() or not index.is_file():  # in transformers' order
+            files = [single]
         else:
-            files = [folder / "model.safetensors"]
+            files = [folder / name for name in set(json.loads(index.read_bytes())["weight_map"].values())]
         totals, quantizable = zip(*map(_numbers_in, files), strict=True)
         return Numbers(sum(totals), sum(quantizable))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):

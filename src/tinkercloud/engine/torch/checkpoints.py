@@ -69,8 +69,12 @@ class Draft(NamedTuple):
             if self.folder.exists():
                 old = self.folder.with_name(f"{self.files.name.removesuffix(DRAFT)}.old")
                 self.folder.rename(old)
-                self.files.rename(self.folder)
-                shutil.rmtree(old)
+                try:
+                    self.files.rename(self.folder)
+                except OSError:
+                    old.rename(self.folder)
+                    raise
+                shutil.rmtree(old, ignore_errors=True)
             else:
                 self.files.rename(self.folder)
             _sync_directory(self.folder.parent)

@@ -114,8 +114,8 @@ class BaseModel:
     def _check_finite(self) -> None:
         """Refuse weights that are no numbers: what is computed with them may look like one that is."""
         for name, parameter in self._model.named_parameters():
-            if not parameter.is_floating_point() or not parameter.numel():
-                continue
+            if not parameter.is_floating_point() or not parameter.numel() or parameter.element_size() == 1:
+                continue  # float8 has no such comparison
             # The smallest and the largest are NaN if any is, and need one pass and no memory.
             if not all(torch.isfinite(end) for end in parameter.aminmax()):
                 raise OperationError(f"its weights {name} have numbers that are not finite (NaN or infinity)")
@@ -390,8 +390,15 @@ def _info_of(
         dtype=str(dtype).removeprefix("torch."),
         quantization=options.quantization,
         build=build_of(device, dtype, options.logits_bytes, options.quantization),
-        fingerprint=fingerprint_of(folder),
+        fingerprint=_fingerprint_of(folder),
     )
+
+
+def _fingerprint_of(folder: Path) -> str:
+    try:
+        return fingerprint_of(folder)
+    except (OSError, ValueError, LookupError) as error:
+        raise OperationError(f"{folder}: its files are damaged ({type(error).__name__}: {error})") from None
 
 
 def _eos_tokens_of(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:

@@ -265,8 +265,8 @@ def _failure(operation: TrainOperation, error: Exception) -> Failure:
     log.error("%s of %s failed", type(operation).__name__, operation.model_id, exc_info=error)
     if isinstance(operation, SaveWeights) and isinstance(error, OSError | SafetensorError):
         return Failure(
-            f"the weights could not be written, and nothing is left of them ({error}); the training run goes on: save "
-            "them again when the server's disk has room or is mended",
+            f"the weights could not be written ({error}); what was there before is there, and the training run goes "
+            "on: save them again when the server's disk has room or is mended",
             "server",
         )
     return Failure(f"{type(operation).__name__} failed in the engine: {type(error).__name__}: {error}", "server")

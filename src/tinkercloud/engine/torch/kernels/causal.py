@@ -53,6 +53,7 @@ def causal_attention(
     and the logarithms of each query's sums of exponentials [T, Hq]."""
     query, key, value = (_by_rows(each) for each in (query, key, value))
     rows, heads, size = query.shape
+    assert sum(lengths) == rows
     output, sums = query.new_empty(rows, heads, size), query.new_empty(rows, heads)
     table, scratch, stride = _work_of(lengths, size, 1)
     _forward(
@@ -70,6 +71,7 @@ def causal_attention_backward(
     """The gradients of `causal_attention`'s inputs, in their shapes, from its results and the output's."""
     query, key, value, d_output = (_by_rows(each) for each in (query, key, value, d_output))
     rows, heads, size = query.shape
+    assert sum(lengths) == rows
     d_query = query.new_empty(rows, heads, size)
     d_key, d_value = (query.new_zeros(rows, key.shape[1], size) for _ in range(2))
     table, scratch, stride = _work_of(lengths, size, 2)

@@ -61,7 +61,7 @@ class LowRank:
     def __init__(self, segments: Iterable[AdapterRows]) -> None:
         self._segments = list(segments)
         self._table = array("q")
-        self._size, self._trains = 0, False
+        self._size, self._end, self._trains = 0, 0, False
         for start, rows, a, places, scale, gradient, datums in self._segments:
             self._trains = self._trains or gradient is not None
             self._table.extend((
@@ -69,11 +69,13 @@ class LowRank:
                 0 if gradient is None else gradient.data_ptr(), datums.data_ptr(), datums.shape[0],
             ))  # fmt: skip
             self._size += rows * a.shape[0]
+            self._end = max(self._end, start + rows)
 
     def forward(self, x: Tensor, output: Tensor | None) -> Tensor:
         """All segments' x A^T, flat, of x [T, in]; adds scale (x A^T) B^T to `output` [T, out], if there is one. Both
         are contiguous."""
         assert x.is_contiguous() and (output is None or output.is_contiguous())
+        assert self._end <= len(x) and (output is None or len(output) == len(x))
         low = torch.empty(self._size)
         if self._segments:
             _outputs(
@@ -86,6 +88,7 @@ class LowRank:
         """Add dA and dB to the segments' gradients, and their part of the input's gradient to `d_input` [T, in], if
         there is one, from that of the output [T, out] and `forward`'s result for x. All are contiguous."""
         assert x.is_contiguous() and d_output.is_contiguous() and (d_input is None or d_input.is_contiguous())
+        assert self._end <= len(x) == len(d_output) and len(low) == self._size
         if not self._segments:
             return
         d_low = torch.empty_like(low)
