@@ -10,8 +10,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Python compiles what it imports; pip would compile all that torch comes with: 20 s in each environment.
-INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
+INSTALL := -m pip install -qq --disable-pip-version-check
 # Idle OpenMP threads that spin take the cores from the server's other processes.
 export OMP_WAIT_POLICY := passive
 
