@@ -348,14 +348,15 @@ def test_doctor_asks_the_hub_how_large_a_model_is(tmp_path):
     with HTTPServer(("127.0.0.1", 0), OtherServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
-        asked = run("doctor", "--port", "0", "--device", "cpu", "--model", "some/model", **hub)
         model = "some/model,quantization=8bit"  # the hub does not say how much of it is layers
-        quantised = run("doctor", "--port", "0", "--device", "cpu", "--model", model, **hub)
+        line = ("doctor", "--port", "0", "--device", "cpu", "--model")
+        with ThreadPoolExecutor() as pool:
+            asked, quantised = pool.submit(run, *line, "some/model", **hub), pool.submit(run, *line, model, **hub)
+            offline = pool.submit(run, *line, "some/model", HF_HUB_OFFLINE="1")
         server.shutdown()
-    assert f"about {sum(NANO_MIB) + 40:,} MiB needed\n" in asked.stdout
-    offline = run("doctor", "--port", "0", "--device", "cpu", "--model", "some/model", HF_HUB_OFFLINE="1")
+    assert f"about {sum(NANO_MIB) + 40:,} MiB needed\n" in asked.result().stdout
     for answer in (quantised, offline):
-        assert "about 512 MiB needed, and what some/model takes, whose size is not known yet" in answer.stdout
+        assert "about 512 MiB needed, and what some/model takes, whose size is not known yet" in answer.result().stdout
 
 
 def test_doctor_reports_settings_that_cannot_be_read():
