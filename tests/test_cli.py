@@ -142,10 +142,12 @@ MISTAKES = [
 
 @pytest.fixture(scope="module")
 def mistaken(tmp_path_factory) -> Iterator[dict[tuple[str, ...], Future[subprocess.CompletedProcess[str]]]]:
-    """All of them, some at a time."""
-    home = str(tmp_path_factory.mktemp("home"))
+    """All of them, some at a time, each with a data directory of its own."""
     with ThreadPoolExecutor(4) as pool:
-        yield {arguments: pool.submit(run, *arguments, XDG_DATA_HOME=home) for arguments, _ in MISTAKES}
+        yield {
+            arguments: pool.submit(run, *arguments, XDG_DATA_HOME=str(tmp_path_factory.mktemp("home")))
+            for arguments, _ in MISTAKES
+        }
 
 
 @pytest.mark.parametrize(("arguments", "said"), MISTAKES)
