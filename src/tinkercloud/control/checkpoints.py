@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from tinkercloud.codec import encode
 from tinkercloud.control.base_models import BaseModels
@@ -200,20 +201,7 @@ class Checkpoints:
             )
         )
         await self._ledger.insert(
-            ModelRecord(
-                model_id=checkpoint.model_id,
-                session_id=checkpoint.model_id,
-                model_seq_id=0,
-                owner=checkpoint.owner,
-                base_model=checkpoint.base_model,
-                lora=checkpoint.lora,
-                created_at=now,
-                last_request_at=now,
-                state="unloaded",
-                applied_seq=-1,
-                optimizer=checkpoint.optimizer,
-                base_fingerprint=checkpoint.base_fingerprint,
-            )
+            run_that_holds(checkpoint, checkpoint.model_id, checkpoint.model_id, 0, checkpoint.owner, now)
         )
 
     async def _check_loads(self, base_model: str, folder: str) -> None:
@@ -246,3 +234,30 @@ def _copy_adapter(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / file, target / file)
+
+
+def run_that_holds(
+    checkpoint: CheckpointRecord,
+    model_id: str,
+    session_id: str,
+    model_seq_id: int,
+    owner: str,
+    now: float,
+    user_metadata: dict[str, Any] | None = None,
+) -> ModelRecord:
+    """A training run that has no operations and never will, only a checkpoint that was made elsewhere."""
+    return ModelRecord(
+        model_id=model_id,
+        session_id=session_id,
+        model_seq_id=model_seq_id,
+        owner=owner,
+        base_model=checkpoint.base_model,
+        lora=checkpoint.lora,
+        created_at=now,
+        last_request_at=now,
+        state="unloaded",
+        applied_seq=-1,
+        user_metadata=user_metadata or {},
+        optimizer=checkpoint.optimizer,
+        base_fingerprint=checkpoint.base_fingerprint,
+    )

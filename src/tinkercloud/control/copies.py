@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from msgspec.structs import replace
 
-from tinkercloud.control.checkpoints import Checkpoints
+from tinkercloud.control.checkpoints import Checkpoints, run_that_holds
 from tinkercloud.control.folders import checkpoint_path, parse_checkpoint_path
 from tinkercloud.control.runs import TrainingRuns
 from tinkercloud.errors import InvalidRequest
@@ -88,20 +88,8 @@ class Copies:
         await allow()
         now = time.time()
         async with self._checkpoints.held(source, session.owner, reader) as checkpoint:
-            run = ModelRecord(
-                model_id=model_id,
-                session_id=session.session_id,
-                model_seq_id=model_seq_id,
-                owner=session.owner,
-                base_model=checkpoint.base_model,
-                lora=checkpoint.lora,
-                created_at=now,
-                last_request_at=now,
-                state="unloaded",
-                applied_seq=-1,
-                user_metadata={COPIED_FROM: source},
-                optimizer=checkpoint.optimizer,
-                base_fingerprint=checkpoint.base_fingerprint,
+            run = run_that_holds(
+                checkpoint, model_id, session.session_id, model_seq_id, session.owner, now, {COPIED_FROM: source}
             )
             _check_same(await self._ledger.insert(run), source)
             return await self._ledger.insert(
