@@ -87,7 +87,7 @@ clean:
 # The project itself, with what its tests need.
 .venv/.made: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
-	@echo "Installing tinkercloud into .venv (once, about a minute) ..."
+	@echo "Installing tinkercloud into .venv (once, a minute or two) ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python $(INSTALL) -c constraints.txt -e ".[dev]"
 	@echo "Compiling its kernels for this processor (once, 20 seconds) ..."
