@@ -8,7 +8,7 @@ import torch
 
 from tinkercloud.engine.torch.objectives import objective_of
 from tinkercloud.engine.torch.packing import tiles_of
-from tinkercloud.engine.torch.threads import LAST_INTERVAL, ThreadChoice, _Race
+from tinkercloud.engine.torch.threads import LAST_INTERVAL, MEMORY, ThreadChoice, _Race
 from tinkercloud.engine.types import Datum, ForwardBackward
 
 
@@ -33,6 +33,14 @@ def test_a_machine_that_becomes_busy_changes_the_choice_and_back():
     _passes(race, {1: 2e-3, 4: 1e-3}, 3 * LAST_INTERVAL)
     assert _passes(race, {1: 2e-3, 4: 9e-3}, 20)[-1] == 1
     assert _passes(race, {1: 2e-3, 4: 1e-3}, 4 * LAST_INTERVAL)[-1] == 4
+
+
+def test_a_wrong_choice_is_found_out_by_the_first_try():
+    race = _Race(4)
+    _passes(race, {1: 2e-3, 4: 9e-3}, 4 * LAST_INTERVAL)
+    chosen = _passes(race, {1: 2e-3, 4: 1e-3}, LAST_INTERVAL + MEMORY)
+    assert chosen[-1] == 4
+    assert chosen[chosen.index(4) :].count(1) == 0
 
 
 def test_cores_are_left_alone_for_a_small_gain():

@@ -30,7 +30,8 @@ STARVED = 1.0
 else has. One thread would take no longer than that time, if it gets one core."""
 
 FIRST_INTERVAL, LAST_INTERVAL = 16, 256
-"""Passes between two tries of the choice that was slower; doubled each time that it still is."""
+"""Passes between two tries of the choice that was slower; doubled each time that it still is. A try that was the faster
+one is repeated at once, so that a wrong choice lasts for one interval and not for as many as there are readings."""
 
 
 @contextmanager
@@ -99,8 +100,18 @@ class _Race:
         self._seconds[threads].append(seconds)
         if threads == self._most:
             self._cores.append(cores)
-        if known and self._all_are_faster() != before:
+        if not known:
+            return
+        if self._all_are_faster() != before:
             self._interval = self._left = FIRST_INTERVAL
+        elif threads != (self._most if before else 1) and self._speaks_against(threads, seconds):
+            self._left = 1
+
+    def _speaks_against(self, threads: int, seconds: float) -> bool:
+        """Whether this reading of the choice that is behind would put it ahead if all its readings were like it."""
+        if threads == 1:
+            return seconds * GAIN <= median(self._seconds[self._most])
+        return seconds * GAIN < median(self._seconds[1])
 
     def _all_are_faster(self) -> bool:
         return median(self._seconds[self._most]) * GAIN < median(self._seconds[1])
