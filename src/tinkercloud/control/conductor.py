@@ -11,44 +11,31 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import NamedTuple
 
-from msgspec.structs import replace
-from sqlalchemy.exc import SQLAlchemyError
-
-from tinkercloud.codec import decode, encode
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals, within
 from tinkercloud.control.base_weights import fits
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import KeptEngine
-from tinkercloud.control.folders import checkpoint_path, is_stored
+from tinkercloud.control.folders import is_stored
 from tinkercloud.control.gathering import Gathering
-from tinkercloud.control.metering import tokens_of
-from tinkercloud.control.outcomes import SamplerDetails, SaveDetails, conclude, details_of
+from tinkercloud.control.passing import PASSING, RETRY_SECONDS
+from tinkercloud.control.preparation import Preparation
 from tinkercloud.control.publications import Publications
-from tinkercloud.control.quotas import beyond_storage
 from tinkercloud.control.run_end import RunEnd, finished, unloaded
 from tinkercloud.control.sampler_desk import SamplerDesk
 from tinkercloud.control.storage import Storage
-from tinkercloud.control.suspects import MAX_DEATHS, RETRY_SECONDS
-from tinkercloud.control.training_run import ReplayError, TrainingRun, all_of
-from tinkercloud.engine.types import BaseModelInfo, ClearGradients, DropModel, Failure, LoadOutput, Result, SaveOutput
+from tinkercloud.control.suspects import MAX_DEATHS
+from tinkercloud.control.training_run import TrainingRun, all_of
+from tinkercloud.control.turn_end import TurnEnd
+from tinkercloud.engine.types import BaseModelInfo, Failure, LoadOutput, Result, SaveOutput
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.order import ModelLog, Turn
-from tinkercloud.ledger.records import CatalogRecord, CheckpointRecord, Entry, ModelRecord, Outcome, SamplerRecord
+from tinkercloud.ledger.records import Entry, ModelRecord
 from tinkercloud.ledger.timeline import Times
 from tinkercloud.scheduler.cycle import Waiting, charge, next_cycle
 
 log = logging.getLogger(__name__)
-
-PASSING = (Unavailable, OSError, SQLAlchemyError)
-"""What is wrong with the machine and may pass, such as a full disk; anything else is wrong with what was stored."""
-
-LOST_STATE = (
-    "Go on from a saved checkpoint: load it into this training run with load_state, or make a new one of it with "
-    "create_training_client_from_state"
-)
-"""What the client of a run can do whose state cannot be rebuilt."""
 
 SAVED_TOGETHER = 32
 """Runs that are put on disk together: their files wait for the disk at the same time, and their records too."""
@@ -84,12 +71,13 @@ class Conductor:
         settings: Settings,
     ):
         self._engine = engine
-        self._desk = desk
         self._ledger = ledger
         self._arrivals = arrivals
         self._storage = storage
         self._run_end = end
         self._settings = settings
+        self._preparation = Preparation(ledger)
+        self._turn_end = TurnEnd(ledger, storage, desk)
         self._runs: dict[str, TrainingRun] = {}
         self._early: dict[str, list[Entry]] = {}
         self._work = asyncio.Event()
@@ -357,20 +345,7 @@ class Conductor:
                 self._doubtful.append(run)
 
     async def _prepared(self, run: TrainingRun, engine: EngineHandle) -> bytes | Failure:
-        """As `_prepare`, but what is wrong with one run is that run's alone."""
-        try:
-            return await self._prepare(run, engine)
-        except EngineDied:
-            self._deaths[run.turn.entry.request_id] += 1
-            raise
-        except PASSING:
-            raise
-        except Exception as error:
-            log.exception("training run %s could not be prepared", run.model_id)
-            return Failure(f"the stored state of training run {run.model_id} cannot be read: {error}", "server")
-
-    async def _prepare(self, run: TrainingRun, engine: EngineHandle) -> bytes | Failure:
-        """Bring a run's state into the engine; the bytes to run for its turn, or why the operation fails."""
+        """The bytes to run for a run's turn, or why its operation fails."""
         entry = run.turn.entry
         if self._deaths[entry.request_id] >= MAX_DEATHS:  # the run's state went with the engine and is rebuilt later
             return Failure(
@@ -378,75 +353,16 @@ class Conductor:
                 "the model goes on as if it had not been sent. The server's log has the details",
                 "server",
             )
-        if entry.kind == "unload_model" and run.turn.failure is None:
-            return encode(DropModel(run.model_id))
         try:
-            await run.bring_into(engine)
-        except ReplayError as error:
-            log.error("%s", error)
-            if entry.kind != "load_weights":  # which puts another state in its place
-                return Failure(f"{error}. {LOST_STATE}", "server")
-        if run.turn.clear_gradients:
-            await engine.run_cycle([encode(ClearGradients(run.model_id))])
-        if run.turn.failure is not None:
-            return await self._with_cause(run.turn.failure, run.turn.lacks)
-        details = details_of(entry)
-        if isinstance(details, SamplerDetails) and await self._ledger.get(SamplerRecord, details.sampler_id):
-            return Failure(
-                f"there is a sampler {details.sampler_id} already; take another sampling_session_seq_id", "user"
-            )
-        if isinstance(details, SaveDetails) and not details.overwrite:
-            path = checkpoint_path(run.model_id, details.kind, details.name)
-            if await self._ledger.get(CheckpointRecord, path) is not None:
-                return Failure(f"{path} exists already; choose another name, or save with overwrite=True", "user")
-        return await self._ledger.payload(entry.request_id)
-
-    async def _with_cause(self, failure: Failure, lacks: Entry | None) -> Failure:
-        """The failure of a step, with the sentence that the client got for what its gradients lack."""
-        stored = lacks and await self._ledger.outcome(lacks.request_id)
-        cause = decode(stored, Outcome) if stored else None
-        if not lacks or not isinstance(cause, Failure):
-            return failure
-        return replace(failure, error=f"{failure.error}. {lacks.kind} {lacks.seq_id} was told: {cause.error}")
+            return await self._preparation.prepare(run, engine)
+        except EngineDied:
+            self._deaths[entry.request_id] += 1
+            raise
 
     async def _end(self, run: TrainingRun, result: Result, times: Times | None = None) -> None:
         """Store what an operation gave and when it ran, if it did; then let the next one and its client go on."""
-        details = details_of(run.turn.entry)
-        if not (isinstance(result, SaveOutput) and isinstance(details, SaveDetails) and details.limit):
-            return await self._record(run, result, times)
-        async with self._storage.saving[run.record.owner]:
-            why = await beyond_storage(self._ledger, run.record.owner, details.limit, time.time())
-            if why is not None:
-                await self._storage.free(result.folder)
-            await self._record(run, result if why is None else Failure(why, "user"), times)
-
-    async def _record(self, run: TrainingRun, result: Result, times: Times | None) -> None:
-        turn, entry = run.turn, run.turn.entry
-        outcome, records = conclude(entry, run.record, result)
-        replaced = await self._replaced(records)
-        failed = isinstance(outcome, Failure)
-        # A step that fails in the engine has cleared what it was to apply, like one whose batch was incomplete.
-        cleared = turn.clear_gradients or (failed and turn.failure is None and entry.kind == "optim_step")
         info = self._engine.info
-        ended = await self._ledger.complete(
-            entry.request_id,
-            encode(outcome),
-            failed=failed,
-            cleared_gradients=cleared,
-            build=info and info.build,
-            also=records,
-            tokens=tokens_of(entry, result),
-            of=run.record,
-            times=times,
-        )
-        run.ended(ended)
-        for record in records:
-            if isinstance(record, SamplerRecord) and record.follows is not None:
-                self._desk.publish(record, replaced)
-                replaced = []
-        for folder in replaced:
-            await self._storage.free(folder)
-        await self._has_ended(run, ended)
+        await self._has_ended(run, await self._turn_end.end(run, result, times, info and info.build))
 
     async def _has_ended(self, run: TrainingRun, entry: Entry) -> None:
         self._deaths.pop(entry.request_id, None)
@@ -456,35 +372,14 @@ class Conductor:
             run.mistrust()
             await self._run_end.end(run.model_id, unloaded(run.model_id))
 
-    async def _replaced(self, records: list[CatalogRecord]) -> list[str]:
-        """The folders of the checkpoints and inflight weights in whose place these records are stored."""
-        replaced: list[str] = []
-        for new in records:
-            old: CheckpointRecord | SamplerRecord | None = None
-            if isinstance(new, CheckpointRecord):
-                old = await self._ledger.get(CheckpointRecord, new.path)
-            elif isinstance(new, SamplerRecord) and new.follows is not None:
-                old = await self._desk.inflight.newest(new.follows)
-            # A save that runs again after a crash has the folder that its record may name already.
-            if old is not None and old.folder != new.folder:
-                replaced.append(old.folder)
-        return replaced
-
     async def _begin_again(self) -> None:
         """After a cycle that failed, take what the ledger holds as ended for ended; the rest runs again."""
         while self._doubtful:
             run = self._doubtful[-1]
-            entry = run.turn and await self._ledger.entry(run.turn.entry.request_id)
-            details = entry and details_of(entry)
-            saved = None
-            if isinstance(details, SamplerDetails) and details.inflight:
-                saved = await self._ledger.get(SamplerRecord, details.sampler_id)
+            ended = await self._turn_end.recorded(run)
             self._doubtful.pop()
-            if entry and entry.state != "accepted":
-                run.ended(entry)
-                if saved is not None:
-                    self._desk.publish(saved, [])  # the weights before go at the next start
-                await self._has_ended(run, entry)
+            if ended is not None:
+                await self._has_ended(run, ended)
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         if self.failure is not None:

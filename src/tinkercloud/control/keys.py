@@ -7,9 +7,7 @@ import hmac
 import logging
 import time
 
-from sqlalchemy.exc import SQLAlchemyError
-
-from tinkercloud.errors import Unavailable
+from tinkercloud.control.passing import PASSING
 from tinkercloud.ledger.keys import digest
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import KeyRecord
@@ -74,7 +72,7 @@ class Keys:
             await asyncio.sleep(REFRESH_SECONDS)
             try:
                 await self.refresh()
-            except (OSError, SQLAlchemyError, Unavailable):
+            except PASSING:
                 log.exception("the keys could not be read again; those that were valid stay so meanwhile")
 
 

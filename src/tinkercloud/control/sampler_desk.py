@@ -7,8 +7,6 @@ import logging
 import time
 from collections import Counter, OrderedDict
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from tinkercloud.codec import encode
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals
@@ -17,9 +15,10 @@ from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import KeptEngine
 from tinkercloud.control.inflight import InflightWeights
 from tinkercloud.control.metering import tokens_of
+from tinkercloud.control.passing import PASSING, RETRY_SECONDS
 from tinkercloud.control.stability import is_recorded
 from tinkercloud.control.storage import Storage
-from tinkercloud.control.suspects import MAX_DEATHS, RETRY_SECONDS, SUSPECTS_TOGETHER
+from tinkercloud.control.suspects import MAX_DEATHS, SUSPECTS_TOGETHER
 from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, FindSample, OpenSampler, Place, Result
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.entries import CLIENT_SEQ_IDS
@@ -199,7 +198,7 @@ class SamplerDesk:
                     times=Times(began, time.time()),
                 )
                 return self._arrivals.announce(entry.request_id, client_of(entry))
-            except (Unavailable, OSError, SQLAlchemyError):
+            except PASSING:
                 log.exception("sample %s failed for a reason that is not its own; it runs again", entry.request_id)
                 await asyncio.sleep(RETRY_SECONDS)
             except Exception as error:

@@ -12,9 +12,6 @@ MAX_DEATHS = 2
 SUSPECTS_TOGETHER = 16
 """How many suspects run together at first: most of thousands are innocent, and not to be run one after another."""
 
-RETRY_SECONDS = 1.0
-"""Pause before something runs again that failed for a reason which is not its own, such as a full disk."""
-
 
 class Lane:
     """An engine's road: all together, or while there are suspects, a few of them and nobody else.
