@@ -19,15 +19,11 @@ from bench.data import BATCHES, Example, token_rows, uniform
 from bench.shares import Shares, shares_of
 from bench.stage import ALPHA, LEARNING_RATE, RANK
 from bench.worker import answer_tasks
-from tinkercloud.engine.torch.model import BaseModel
-from tinkercloud.engine.torch.sampler import TorchSampler
-from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import (
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import (
     AdamParams,
     CreateModel,
     Datum,
-    EngineOptions,
-    Failure,
     ForwardBackward,
     LoraConfig,
     OpenSampler,
@@ -37,6 +33,10 @@ from tinkercloud.engine.types import (
     SaveWeights,
     TrainOperation,
 )
+from tinkercloud.engine.results import Failure
+from tinkercloud.engine.torch.model import BaseModel
+from tinkercloud.engine.torch.sampler import TorchSampler
+from tinkercloud.engine.torch.trainer import TorchTrainer
 
 LORA = LoraConfig(rank=RANK, alpha=ALPHA)
 

@@ -20,8 +20,8 @@ from bench.profile import Profile, read_stacks
 from bench.readings import Goal, Readings, interleaved, spread
 from rich.console import Console
 
+from tinkercloud.engine.base_model import EngineOptions
 from tinkercloud.engine.torch.model import BaseModel
-from tinkercloud.engine.types import EngineOptions
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ from pydantic_settings import (
 from tinkercloud.base_models import ModelError, parse_model, resolve_source
 
 if TYPE_CHECKING:
-    from tinkercloud.engine.types import EngineOptions
+    from tinkercloud.engine.base_model import EngineOptions
 
 ENV_PREFIX = "TINKERCLOUD_"
 KIB, MIB = 2**10, 2**20
@@ -392,7 +392,7 @@ class Settings(PerModel, BaseSettings):
 
     def engine_options(self, model: str | ModelSettings) -> EngineOptions:
         """How to load a base model: its own settings, else the server's."""
-        from tinkercloud.engine.types import EngineOptions
+        from tinkercloud.engine.base_model import EngineOptions
 
         chosen = self.model(model) if isinstance(model, str) else model
         of_the_engine = [name for name in PerModel.model_fields if name in EngineOptions.__struct_fields__]

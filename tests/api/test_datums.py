@@ -5,8 +5,9 @@ import pytest
 
 from tinkercloud.api.datums import operation_from
 from tinkercloud.api.wire.arrays import Batch
+from tinkercloud.engine.base_model import BaseModelInfo
 from tinkercloud.engine.losses import LOSSES
-from tinkercloud.engine.types import BaseModelInfo, Datum
+from tinkercloud.engine.operations import Datum
 from tinkercloud.errors import InvalidRequest
 
 INFO = BaseModelInfo(

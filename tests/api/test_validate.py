@@ -18,7 +18,7 @@ from tinkercloud.api.validate import (
 )
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.reading import as_request
-from tinkercloud.engine.types import AdamParams, DimuonParams
+from tinkercloud.engine.operations import AdamParams, DimuonParams
 from tinkercloud.errors import InvalidRequest
 
 

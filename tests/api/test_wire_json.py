@@ -21,7 +21,7 @@ from tinkercloud.api.wire.answers import Json, iso, text_metadata
 from tinkercloud.api.wire.json_arrays import batch_from
 from tinkercloud.api.wire.reading import as_request
 from tinkercloud.api.wire.results import as_json
-from tinkercloud.engine.types import Failure, LossOutput, SampleOutput, StepOutput
+from tinkercloud.engine.results import Failure, LossOutput, SampleOutput, StepOutput
 from tinkercloud.errors import InvalidRequest
 from tinkercloud.ledger import records
 

@@ -14,7 +14,8 @@ from tinker.proto.response_conv import deserialize_proto_response
 from tinkercloud.api.wire.body import Unreadable
 from tinkercloud.api.wire.protobuf import batch_from, encode_loss, encode_sample, parse_forward_backward
 from tinkercloud.control.stability import Provenance, Span
-from tinkercloud.engine.types import AltTokens, LossOutput, Matrix, SampledSequence, SampleOutput, TopLogprobs
+from tinkercloud.engine.operations import Matrix
+from tinkercloud.engine.results import AltTokens, LossOutput, SampledSequence, SampleOutput, TopLogprobs
 from tinkercloud.errors import InvalidRequest
 
 DENSE_BYTES = 2**20

@@ -11,7 +11,7 @@ import pytest
 from tinkercloud.config import Settings
 from tinkercloud.control.service import Service
 from tinkercloud.control.training_run import TrainingRun
-from tinkercloud.engine.types import (
+from tinkercloud.engine.operations import (
     AdamParams,
     Datum,
     DimuonParams,

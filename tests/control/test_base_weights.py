@@ -8,16 +8,8 @@ import pytest
 from tests.base_weights import other_weights, tensors_of, write
 from tests.control.conftest import BATCH, NANO, OWNER, Client
 from tinkercloud.engine.fingerprint import fingerprint_of
-from tinkercloud.engine.types import (
-    AdamParams,
-    Failure,
-    ForwardBackward,
-    LossOutput,
-    OptimStep,
-    Sample,
-    SampleOutput,
-    SamplingParams,
-)
+from tinkercloud.engine.operations import AdamParams, ForwardBackward, OptimStep, Sample, SamplingParams
+from tinkercloud.engine.results import Failure, LossOutput, SampleOutput
 from tinkercloud.errors import InvalidRequest
 from tinkercloud.ledger.records import ModelRecord
 from tinkercloud.nano import FOLDER

@@ -22,7 +22,8 @@ from tinkercloud.control.checkpoint_store import CheckpointStore, StoreUnavailab
 from tinkercloud.control.folders import is_import, is_stored, key_of
 from tinkercloud.control.store_owner import StoreOwner, without_userinfo
 from tinkercloud.control.verify import problems
-from tinkercloud.engine.types import Failure, Sample, SampleOutput, SamplingParams
+from tinkercloud.engine.operations import Sample, SamplingParams
+from tinkercloud.engine.results import Failure, SampleOutput
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.lock import DataDirLock
 from tinkercloud.ledger.records import CheckpointRecord, ModelRecord

@@ -13,7 +13,8 @@ from tinkercloud.codec import decode
 from tinkercloud.config import Settings
 from tinkercloud.control import conductor
 from tinkercloud.control.training_run import TrainingRun
-from tinkercloud.engine.types import ForwardBackward, LossOutput, TrainOperation
+from tinkercloud.engine.operations import ForwardBackward, TrainOperation
+from tinkercloud.engine.results import LossOutput
 from tinkercloud.ledger.records import SnapshotRecord
 
 

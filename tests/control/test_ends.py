@@ -4,7 +4,8 @@ import pytest
 
 from tests.control.conftest import BATCH, NANO, OWNER, Client, before_the_next_append
 from tinkercloud.codec import decode
-from tinkercloud.engine.types import CreateModel, Failure, ForwardBackward, LoraConfig
+from tinkercloud.engine.operations import CreateModel, ForwardBackward, LoraConfig
+from tinkercloud.engine.results import Failure
 from tinkercloud.errors import InvalidRequest, NotFound
 from tinkercloud.ledger import Ledger
 from tinkercloud.ledger.records import ModelRecord, SessionRecord

@@ -7,7 +7,7 @@ import pytest
 from tests.control.conftest import BATCH, Client
 from tinkercloud.control.engine_handle import EngineHandle
 from tinkercloud.control.gathering import LEAST, MOST, SHARE, Gathering
-from tinkercloud.engine.types import ForwardBackward
+from tinkercloud.engine.operations import ForwardBackward
 
 
 @pytest.fixture

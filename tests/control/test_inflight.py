@@ -10,7 +10,8 @@ from tests.control.conftest import NANO, OWNER, Client, kill_engine
 from tinkercloud.control.engine_handle import EngineHandle
 from tinkercloud.control.inflight import InflightWeights
 from tinkercloud.control.verify import problems
-from tinkercloud.engine.types import Failure, Sample, SampleOutput, SamplingParams
+from tinkercloud.engine.operations import Sample, SamplingParams
+from tinkercloud.engine.results import Failure, SampleOutput
 from tinkercloud.errors import Ended, NotFound
 from tinkercloud.ledger.records import SessionRecord
 

@@ -7,7 +7,8 @@ import pytest
 
 from tests.control.conftest import BATCH, NANO, OWNER, Client
 from tinkercloud.control import conductor, sampler_desk
-from tinkercloud.engine.types import ForwardBackward, LoraConfig, Sample, SampleOutput, SamplingParams
+from tinkercloud.engine.operations import ForwardBackward, LoraConfig, Sample, SamplingParams
+from tinkercloud.engine.results import SampleOutput
 from tinkercloud.errors import NotFound
 
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from tests.control.conftest import NANO, OWNER, Client, datum
 from tinkercloud.control.metering import tokens_of
-from tinkercloud.engine.types import Failure, ForwardBackward, Sample, SampledSequence, SampleOutput, SamplingParams
+from tinkercloud.engine.operations import ForwardBackward, Sample, SamplingParams
+from tinkercloud.engine.results import Failure, SampledSequence, SampleOutput
 from tinkercloud.ledger.records import Entry
 
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from tests.control.conftest import NANO, Client, kill_engine
 from tinkercloud.codec import decode, encode
-from tinkercloud.engine.types import Failure, LossOutput
+from tinkercloud.engine.results import Failure, LossOutput
 from tinkercloud.ledger.records import ModelUnloaded, SnapshotRecord, WeightsLoaded
 
 

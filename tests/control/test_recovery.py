@@ -14,7 +14,8 @@ from tests.control.conftest import BATCH, NANO, OWNER, Client, datum
 from tinkercloud.api.validate import lora_from
 from tinkercloud.api.wire import json as wire
 from tinkercloud.control import conductor
-from tinkercloud.engine.types import Failure, ForwardBackward, Sample, SamplingParams
+from tinkercloud.engine.operations import ForwardBackward, Sample, SamplingParams
+from tinkercloud.engine.results import Failure
 from tinkercloud.errors import Ended, InvalidRequest, NotFound
 from tinkercloud.ledger.records import SessionRecord, SnapshotRecord
 

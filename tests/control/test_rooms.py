@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.control.conftest import BATCH, NANO, OWNER, Client
-from tinkercloud.engine.types import Failure, ForwardBackward, Sample, SamplingParams
+from tinkercloud.engine.operations import ForwardBackward, Sample, SamplingParams
+from tinkercloud.engine.results import Failure
 from tinkercloud.errors import Overloaded
 from tinkercloud.ledger.records import SamplerSaved, WeightsSaved
 

@@ -9,7 +9,8 @@ import pytest
 from tests.control.conftest import BATCH, NANO, OWNER, Client, before_the_next_append
 from tinkercloud.control import sampler_desk
 from tinkercloud.control.verify import problems
-from tinkercloud.engine.types import Failure, ForwardBackward, Sample, SampleOutput, SamplingParams
+from tinkercloud.engine.operations import ForwardBackward, Sample, SamplingParams
+from tinkercloud.engine.results import Failure, SampleOutput
 from tinkercloud.errors import Ended, NotFound
 from tinkercloud.ledger.records import CheckpointRecord, SessionRecord
 

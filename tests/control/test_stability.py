@@ -6,7 +6,8 @@ from msgspec.structs import replace
 
 from tests.control.conftest import NANO, Client
 from tinkercloud.control.stability import Provenance, SequenceRecord, Span, joined
-from tinkercloud.engine.types import Datum, Sample, SampledSequence, SamplingParams
+from tinkercloud.engine.operations import Datum, Sample, SamplingParams
+from tinkercloud.engine.results import SampledSequence
 from tinkercloud.errors import InvalidRequest
 
 F = np.float32

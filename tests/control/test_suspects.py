@@ -11,7 +11,8 @@ from tests.control.conftest import BATCH, NANO, OWNER, Client
 from tinkercloud.control import engines
 from tinkercloud.control.engine_handle import EngineHandle
 from tinkercloud.control.suspects import Lane
-from tinkercloud.engine.types import Failure, ForwardBackward, Sample, SampleOutput, SamplingParams
+from tinkercloud.engine.operations import ForwardBackward, Sample, SamplingParams
+from tinkercloud.engine.results import Failure, SampleOutput
 
 
 async def sample(service, sampler, seq_id: int, number: int = 0, max_tokens: int = 300):

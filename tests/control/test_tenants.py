@@ -3,7 +3,8 @@
 import asyncio
 
 from tests.control.conftest import OWNER, Client, datum
-from tinkercloud.engine.types import AdamParams, ForwardBackward, LossOutput, OptimStep
+from tinkercloud.engine.operations import AdamParams, ForwardBackward, OptimStep
+from tinkercloud.engine.results import LossOutput
 
 BATCHES = [
     (datum(5, 6, 7, 8, 9, 10), datum(20, 21, 22)),

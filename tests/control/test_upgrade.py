@@ -15,7 +15,7 @@ from alembic.config import Config
 from sqlalchemy import MetaData, insert, select
 
 from tests.control.conftest import NANO, OWNER, Client
-from tinkercloud.engine.types import LossOutput, SampleOutput, StepOutput
+from tinkercloud.engine.results import LossOutput, SampleOutput, StepOutput
 from tinkercloud.ledger import database
 from tinkercloud.ledger.records import ModelRecord
 

@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qw
 
 from tests.engine.examples import VOCAB
 from tests.engine.precision import DEVICE, DTYPE
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import OpenSampler
+from tinkercloud.engine.results import Done
 from tinkercloud.engine.torch import batching
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.sampler import TorchSampler
 from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import Done, EngineOptions, OpenSampler
 
 _SHAPE = dict(
     vocab_size=VOCAB,

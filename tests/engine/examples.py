@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from tinkercloud.engine.operations import AdamParams, CreateModel, Datum, ForwardBackward, LoraConfig, OptimStep
+from tinkercloud.engine.results import Result
 from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import AdamParams, CreateModel, Datum, ForwardBackward, LoraConfig, OptimStep, Result
 
 VOCAB = 96
 """Of all tiny models."""

@@ -6,7 +6,7 @@ from math import exp, log
 
 import numpy as np
 
-from tinkercloud.engine.types import Datum
+from tinkercloud.engine.operations import Datum
 
 Row = dict[str, float]
 """One target: lp, q, A, w, mask, p (the sampler's at temperature 1) and S (sampled)."""

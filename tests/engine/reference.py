@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.engine.precision import DTYPE, rounded
-from tinkercloud.engine.types import Datum
+from tinkercloud.engine.operations import Datum
 
 
 def load_plain(folder: Path):

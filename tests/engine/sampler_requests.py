@@ -5,12 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from tests.engine.examples import VOCAB
+from tinkercloud.engine.operations import Sample, SamplingParams
+from tinkercloud.engine.results import SampleOutput
 from tinkercloud.engine.torch.sampler import TorchSampler
-from tinkercloud.engine.types import (
-    Sample,
-    SampleOutput,
-    SamplingParams,
-)
 
 
 def prompt_of(seed: int, length: int) -> np.ndarray:

@@ -13,18 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine.conftest import FAMILIES
 from tests.engine.examples import VOCAB, forward_backward, gradient_of, make_datum, run, shaken, together
+from tinkercloud.engine.base_model import ActivationMemory, EngineOptions
+from tinkercloud.engine.operations import CreateModel, LoraConfig, OperationError
+from tinkercloud.engine.results import LossOutput
 from tinkercloud.engine.torch.activations import Storages
 from tinkercloud.engine.torch.attention import PackedAttention
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import (
-    ActivationMemory,
-    CreateModel,
-    EngineOptions,
-    LoraConfig,
-    LossOutput,
-    OperationError,
-)
 from tinkercloud.engine.validation import check_memory
 
 DATA = [make_datum(1, 60), make_datum(2, 23, several=3), make_datum(3, 23, several=3), make_datum(4, 1, several=3)]

@@ -10,22 +10,21 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.engine.examples import forward_backward, make_datum, run, together
-from tinkercloud.engine.torch.shelf import StateLost
-from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import (
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import (
     AdamParams,
     ClearGradients,
     CreateModel,
     DimuonParams,
-    Done,
     DropModel,
-    EngineOptions,
-    Failure,
     LoadWeights,
     LoraConfig,
     OptimStep,
     SaveWeights,
 )
+from tinkercloud.engine.results import Done, Failure
+from tinkercloud.engine.torch.shelf import StateLost
+from tinkercloud.engine.torch.trainer import TorchTrainer
 
 RANK = 2
 ATTN = dict(rank=RANK, train_mlp=False, train_unembed=False)

@@ -15,19 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine import reference
 from tests.engine.examples import forward_backward, gradient_of, make_datum, parameters_of, run, shaken, together
+from tinkercloud.engine.operations import AdamParams, CreateModel, LoadWeights, LoraConfig, OptimStep, SaveWeights
 from tinkercloud.engine.peft_layout import read_adapter_config
+from tinkercloud.engine.results import Failure, LoadOutput, SaveOutput
 from tinkercloud.engine.torch import checkpoints
-from tinkercloud.engine.types import (
-    AdamParams,
-    CreateModel,
-    Failure,
-    LoadOutput,
-    LoadWeights,
-    LoraConfig,
-    OptimStep,
-    SaveOutput,
-    SaveWeights,
-)
 
 DATA = [make_datum(100 + i, 6 + 7 * i) for i in range(3)]
 

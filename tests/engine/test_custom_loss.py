@@ -15,9 +15,10 @@ from tinker.types import ModelInput
 from tests.engine.examples import forward_backward, gradient_of, make_datum, run, shaken, together
 from tests.engine.loss_graphs import SESSION, inputs_for, reinforce, uploaded
 from tinkercloud.engine.custom_loss import custom_loss_named, is_loss_id, loss_id_of, session_of
+from tinkercloud.engine.operations import Datum, OperationError
+from tinkercloud.engine.results import Failure, LossOutput
 from tinkercloud.engine.torch import custom_loss as running
 from tinkercloud.engine.torch.custom_loss import Budget, evaluate
-from tinkercloud.engine.types import Datum, Failure, LossOutput, OperationError
 
 
 def clipped(logprobs, old, advantages):

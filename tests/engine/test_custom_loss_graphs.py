@@ -6,7 +6,7 @@ import pytest
 
 from tests.engine.loss_graphs import LP, call, graph, method, node
 from tinkercloud.engine.custom_loss import MAX_NODES, custom_loss_from
-from tinkercloud.engine.types import OperationError
+from tinkercloud.engine.operations import OperationError
 
 
 def nested(depth: int) -> list:

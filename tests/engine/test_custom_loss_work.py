@@ -9,8 +9,9 @@ import torch
 from tests.engine.examples import forward_backward, gradient_of, make_datum, run, shaken, together
 from tests.engine.loss_graphs import LP, SESSION, call, graph, inputs_for, method, node, reinforce, uploaded
 from tinkercloud.engine.custom_loss import custom_loss_from, loss_id_of
+from tinkercloud.engine.operations import Datum
+from tinkercloud.engine.results import Failure, LossOutput
 from tinkercloud.engine.torch import custom_loss as running
-from tinkercloud.engine.types import Datum, Failure, LossOutput
 
 
 def doubling(times: int) -> list[dict]:

@@ -7,11 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from tests.engine.examples import forward_backward, gradient_of, make_datum, run, shaken
+from tinkercloud.engine.base_model import EngineOptions
 from tinkercloud.engine.torch.attention import PackedAttention
 from tinkercloud.engine.torch.lora import BASE_ONLY
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import EngineOptions
 
 SHAPE = dict(
     vocab_size=96, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,

@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.engine.test_decoder import CONFIGS
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import LoraConfig
 from tinkercloud.engine.torch.adapter import frozen_weights, layout_of
 from tinkercloud.engine.torch.decode_window import CacheRows
 from tinkercloud.engine.torch.in_place_attention import InPlaceAttention
@@ -19,7 +21,6 @@ from tinkercloud.engine.torch.kv_cache import KVCache, pages_for
 from tinkercloud.engine.torch.lora import AdapterWeights, SampledLora, Segment
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.sampler_memory import memory_of
-from tinkercloud.engine.types import EngineOptions, LoraConfig
 
 pytestmark = pytest.mark.skipif(
     not have_products(torch.empty(1)), reason="this processor has no kernel for whole steps"

@@ -9,19 +9,17 @@ import pytest
 import torch
 
 from tests.engine.examples import forward_backward, gradient_of, make_datum, parameters_of, run, together
-from tinkercloud.engine.torch.optimizer_dimuon import DAMPING, inverse_root, matrix_sign
-from tinkercloud.engine.types import (
+from tinkercloud.engine.operations import (
     AdamParams,
     CreateModel,
     DimuonParams,
-    Failure,
-    LoadOutput,
     LoadWeights,
     LoraConfig,
     OptimStep,
     SaveWeights,
-    StepOutput,
 )
+from tinkercloud.engine.results import Failure, LoadOutput, StepOutput
+from tinkercloud.engine.torch.optimizer_dimuon import DAMPING, inverse_root, matrix_sign
 
 DATA = [make_datum(1, 30), make_datum(2, 40)]
 

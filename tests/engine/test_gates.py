@@ -10,9 +10,10 @@ from msgspec import structs
 from tests.engine import reference
 from tests.engine.examples import forward_backward, gradient_of, make_datum, parameters_of, run, shaken, together
 from tests.engine.precision import assert_flat, assert_same, assert_same_metrics, assert_tensors
+from tinkercloud.engine.operations import AdamParams, Datum, DropModel, OptimStep, SaveWeights
+from tinkercloud.engine.results import LossOutput
 from tinkercloud.engine.torch import attention
 from tinkercloud.engine.torch.kernels import products as kernel_products
-from tinkercloud.engine.types import AdamParams, Datum, DropModel, LossOutput, OptimStep, SaveWeights
 
 pytestmark = pytest.mark.device
 

@@ -13,8 +13,9 @@ from tests.engine import reference
 from tests.engine.examples import forward_backward, gradient_of, make_datum, run, shaken, together
 from tests.engine.loss_reference import loss_and_slope, rows_of
 from tinkercloud.engine.losses import LOSSES, loss_config
+from tinkercloud.engine.operations import Datum, SaveWeights
+from tinkercloud.engine.results import Failure, LossOutput
 from tinkercloud.engine.torch.logprobs import row_entropies
-from tinkercloud.engine.types import Datum, Failure, LossOutput, SaveWeights
 
 LENGTHS = (5, 17, 1, 17, 30)
 

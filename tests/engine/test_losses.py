@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from tests.engine.loss_reference import COLUMNS, Row, loss_and_slope
 from tinkercloud.engine.losses import LOSSES, loss_config, loss_named
+from tinkercloud.engine.operations import OperationError
 from tinkercloud.engine.torch.losses import LOSS_FUNCTIONS, Targets
-from tinkercloud.engine.types import OperationError
 
 
 def targets_of(sequences: list[list[Row]], dtype=torch.float64) -> Targets:

@@ -23,12 +23,14 @@ from transformers import (
 
 from tests.engine import reference
 from tests.engine.examples import run
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import CreateModel, LoraConfig, OperationError
+from tinkercloud.engine.results import Done, Failure
 from tinkercloud.engine.torch.adapter import layout_of
 from tinkercloud.engine.torch.attention import PackedAttention, dense_attention
 from tinkercloud.engine.torch.lora import BASE_ONLY
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import CreateModel, Done, EngineOptions, Failure, LoraConfig, OperationError
 
 SHAPE = dict(
     vocab_size=64,

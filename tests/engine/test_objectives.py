@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tests.engine.loss_reference import COLUMNS, loss_and_slope, rows_of
 from tinkercloud.engine.losses import LOSSES, loss_config
+from tinkercloud.engine.operations import Datum, ForwardBackward
 from tinkercloud.engine.torch.objectives import objective_of
 from tinkercloud.engine.torch.packing import tiles_of
-from tinkercloud.engine.types import Datum, ForwardBackward
 
 SWITCHES = {"sequence_ratio_mask", "sampled"}
 signed = st.sampled_from([0.0, 1.0, -1.0]) | st.floats(-5, 5, width=32)

@@ -10,16 +10,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.engine.examples import run
-from tinkercloud.engine.torch.model import BaseModel
-from tinkercloud.engine.torch.sampler import TorchSampler
-from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import (
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import (
     AdamParams,
     CloseSampler,
     CreateModel,
     Datum,
-    Done,
-    EngineOptions,
     ForwardBackward,
     LoraConfig,
     OpenSampler,
@@ -28,6 +24,10 @@ from tinkercloud.engine.types import (
     SamplingParams,
     SaveWeights,
 )
+from tinkercloud.engine.results import Done
+from tinkercloud.engine.torch.model import BaseModel
+from tinkercloud.engine.torch.sampler import TorchSampler
+from tinkercloud.engine.torch.trainer import TorchTrainer
 from tinkercloud.nano import FOLDER
 
 STEPS, PROBLEMS, GROUP = 15, 16, 8

@@ -10,16 +10,8 @@ import torch
 
 from tests.engine.examples import forward_backward, gradient_of, make_datum, parameters_of, run, shaken
 from tinkercloud.codec import decode
-from tinkercloud.engine.types import (
-    AdamParams,
-    CreateModel,
-    DimuonParams,
-    Failure,
-    LoraConfig,
-    OptimStep,
-    StepOutput,
-    TrainOperation,
-)
+from tinkercloud.engine.operations import AdamParams, CreateModel, DimuonParams, LoraConfig, OptimStep, TrainOperation
+from tinkercloud.engine.results import Failure, StepOutput
 
 SETTINGS = [
     AdamParams(learning_rate=1e-2),

@@ -12,9 +12,10 @@ from msgspec import structs
 from tests.engine.examples import forward_backward, shaken
 from tests.engine.examples import run as train
 from tests.engine.sampler_requests import prompt_of, run, sample
+from tinkercloud.engine.operations import CancelSample, CloseSampler, Datum, OpenSampler, SaveWeights
+from tinkercloud.engine.results import SampleOutput
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, OutOfPages
 from tinkercloud.engine.torch.prefix_cache import Namespace, PrefixCache, page_keys
-from tinkercloud.engine.types import CancelSample, CloseSampler, Datum, OpenSampler, SampleOutput, SaveWeights
 
 
 @pytest.fixture

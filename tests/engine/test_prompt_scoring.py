@@ -9,8 +9,9 @@ import torch
 from tests.engine.counting import fits
 from tests.engine.examples import VOCAB
 from tests.engine.sampler_requests import prompt_of, run, sample
+from tinkercloud.engine.operations import Matrix, OpenSampler
+from tinkercloud.engine.results import AltTokens, Failure
 from tinkercloud.engine.torch.prompt_scoring import PromptScores
-from tinkercloud.engine.types import AltTokens, Failure, Matrix, OpenSampler
 
 K = 3
 

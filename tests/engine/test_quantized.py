@@ -13,22 +13,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from tests.engine import reference, sampler_requests
 from tests.engine.examples import forward_backward, gradient_of, make_datum, run, shaken, together
 from tests.engine.sampler_requests import prompt_of, sample
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import CreateModel, Datum, LoraConfig, OpenSampler, OperationError, SaveWeights
+from tinkercloud.engine.results import Done, LossOutput
 from tinkercloud.engine.torch.experts import ExpertsLinear
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.quantized import QuantizedLoraLinear
 from tinkercloud.engine.torch.sampler import TorchSampler
 from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import (
-    CreateModel,
-    Datum,
-    Done,
-    EngineOptions,
-    LoraConfig,
-    LossOutput,
-    OpenSampler,
-    OperationError,
-    SaveWeights,
-)
 
 SHAPE = dict(
     vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

@@ -9,12 +9,8 @@ import torch
 from tests.engine.counting import fits
 from tests.engine.sampler_requests import prompt_of, run, sample
 from tests.engine.test_sampling import reference_probabilities
-from tinkercloud.engine.types import (
-    Done,
-    OpenSampler,
-    Sample,
-    SampleOutput,
-)
+from tinkercloud.engine.operations import OpenSampler, Sample
+from tinkercloud.engine.results import Done, SampleOutput
 
 
 def full_logits(model, tokens: np.ndarray) -> torch.Tensor:

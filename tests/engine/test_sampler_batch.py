@@ -7,9 +7,7 @@ import shutil
 import numpy as np
 
 from tests.engine.sampler_requests import mixture, prompt_of, run, sample, tokens_of
-from tinkercloud.engine.types import (
-    OpenSampler,
-)
+from tinkercloud.engine.operations import OpenSampler
 
 
 def test_co_tenants_change_no_token(family, small_chunks, sampler_of, adapter_folder):

@@ -11,16 +11,11 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.engine.examples import VOCAB
 from tests.engine.sampler_requests import prompt_of, run, sample, tokens_of
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import CancelSample, CloseSampler, OpenSampler
+from tinkercloud.engine.results import Done, Failure
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.sampler import TorchSampler
-from tinkercloud.engine.types import (
-    CancelSample,
-    CloseSampler,
-    Done,
-    EngineOptions,
-    Failure,
-    OpenSampler,
-)
 
 
 def test_a_stop_token_is_kept_and_comes_before_length(sampler_of):

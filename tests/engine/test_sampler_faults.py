@@ -13,14 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.examples import VOCAB
 from tests.engine.sampler_requests import prompt_of, run, sample, tokens_of
-from tinkercloud.engine.types import (
-    CancelSample,
-    CloseSampler,
-    Done,
-    Failure,
-    OpenSampler,
-    SampleOutput,
-)
+from tinkercloud.engine.operations import CancelSample, CloseSampler, OpenSampler
+from tinkercloud.engine.results import Done, Failure, SampleOutput
 
 
 @pytest.mark.parametrize(

@@ -25,20 +25,11 @@ from tinkercloud.api.wire.protobuf import encode_sample
 from tinkercloud.api.wire.reading import as_request
 from tinkercloud.api.wire.results import as_json
 from tinkercloud.codec import decode, encode
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import CancelSample, CloseSampler, Matrix, OpenSampler, Sample
+from tinkercloud.engine.results import Done, Failure, Result, SampleOutput
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.sampler import TorchSampler
-from tinkercloud.engine.types import (
-    CancelSample,
-    CloseSampler,
-    Done,
-    EngineOptions,
-    Failure,
-    Matrix,
-    OpenSampler,
-    Result,
-    Sample,
-    SampleOutput,
-)
 from tinkercloud.errors import InvalidRequest
 
 SAMPLERS = ("base", "adapter")

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.engine.sampler_requests import prompt_of, run, sample, tokens_of
-from tinkercloud.engine.types import CloseSampler, Done, OpenSampler
+from tinkercloud.engine.operations import CloseSampler, OpenSampler
+from tinkercloud.engine.results import Done
 
 SWITCH = 6
 """Tokens that a sequence has when its weights change."""

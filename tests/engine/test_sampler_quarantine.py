@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.engine.sampler_requests import mixture, prompt_of, run, sample, tokens_of
-from tinkercloud.engine.types import CancelSample, Failure, OpenSampler
+from tinkercloud.engine.operations import CancelSample, OpenSampler
+from tinkercloud.engine.results import Failure
 
 POISON = 13
 """A token id at which the model fails."""

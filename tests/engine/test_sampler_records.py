@@ -8,8 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engine.examples import VOCAB
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import OpenSampler, Sample, SamplingParams
+from tinkercloud.engine.results import Done, SampleOutput
 from tinkercloud.engine.torch.sampler import TorchSampler
-from tinkercloud.engine.types import Done, EngineOptions, OpenSampler, Sample, SampleOutput, SamplingParams
 
 TEMPERATURES = (1.0, 0.0, 0.5, 1.7)
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tests.engine.counting import fits
+from tinkercloud.engine.operations import OperationError, SamplingParams
 from tinkercloud.engine.torch.sampling import check_params, draw, draw_alternatives, random_stream, top_logprobs
-from tinkercloud.engine.types import OperationError, SamplingParams
 
 LOGITS = torch.tensor([1.2, -0.3, 0.7, 2.0, 0.1, -1.5, 1.9, 0.4])
 

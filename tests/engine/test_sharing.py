@@ -14,7 +14,8 @@ from tests.engine.sampler_requests import prompt_of, sample
 from tinkercloud.codec import decode, encode
 from tinkercloud.engine import process
 from tinkercloud.engine.messages import LENGTH_BYTES, Answer, Ask, CycleDone, FromEngine, RunCycle, Stop, frame_length
-from tinkercloud.engine.types import CreateModel, Datum, ForwardBackward, LoraConfig, LossOutput, SampleOutput
+from tinkercloud.engine.operations import CreateModel, Datum, ForwardBackward, LoraConfig
+from tinkercloud.engine.results import LossOutput, SampleOutput
 
 MICRO_BATCH, STEP = 10, 1
 """What they take on the clock."""

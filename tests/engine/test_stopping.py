@@ -9,8 +9,8 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tinkercloud.engine.operations import OperationError, SamplingParams
 from tinkercloud.engine.torch.stopping import StopCondition, Tokenizer
-from tinkercloud.engine.types import OperationError, SamplingParams
 
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("E", "N"), ("Ġ", "w")]
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from tinkercloud.engine.operations import Datum, ForwardBackward
 from tinkercloud.engine.torch.objectives import objective_of
 from tinkercloud.engine.torch.packing import tiles_of
 from tinkercloud.engine.torch.threads import LAST_INTERVAL, MEMORY, ThreadChoice, _Race
-from tinkercloud.engine.types import Datum, ForwardBackward
 
 
 def _passes(race: _Race, seconds: dict[int, float], count: int, cores: float = 2.0) -> list[int]:

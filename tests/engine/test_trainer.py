@@ -13,21 +13,19 @@ from safetensors.torch import load_file
 from tests.engine import reference
 from tests.engine.examples import forward_backward, gradient_of, make_datum, parameters_of, run, shaken, together
 from tests.engine.precision import assert_logprobs, assert_sum, assert_tensors
-from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import (
+from tinkercloud.engine.operations import (
     AdamParams,
     ClearGradients,
     CreateModel,
     Datum,
-    Done,
     DropModel,
-    Failure,
     ForwardBackward,
     LoraConfig,
-    LossOutput,
     OptimStep,
     SaveWeights,
 )
+from tinkercloud.engine.results import Done, Failure, LossOutput
+from tinkercloud.engine.torch.trainer import TorchTrainer
 
 PARTS = {
     "all": dict(rank=8),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tinkercloud.engine.types import LoraConfig
+from tinkercloud.engine.operations import LoraConfig
 from tinkercloud.ledger import Ledger
 from tinkercloud.ledger.records import ModelRecord
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.ledger.conftest import MODEL, Clock, OpenLedger, model_record
-from tinkercloud.engine.types import LoraConfig
+from tinkercloud.engine.operations import LoraConfig
 from tinkercloud.ledger import Ledger
 from tinkercloud.ledger.records import (
     CheckpointRecord,

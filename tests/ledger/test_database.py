@@ -15,7 +15,7 @@ from sqlalchemy.exc import OperationalError
 
 from tests.postgresql import PostgreSQL
 from tests.serving import free_port
-from tinkercloud.engine.types import LoraConfig
+from tinkercloud.engine.operations import LoraConfig
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger import Ledger, database, schema
 from tinkercloud.ledger.lock import DataDirInUse, DataDirLock

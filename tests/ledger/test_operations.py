@@ -8,7 +8,8 @@ import pytest
 
 from tests.ledger.conftest import MODEL, Clock, OpenLedger, model_record
 from tinkercloud.codec import decode
-from tinkercloud.engine.types import Failure, LoraConfig
+from tinkercloud.engine.operations import LoraConfig
+from tinkercloud.engine.results import Failure
 from tinkercloud.ledger import Ledger
 from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SamplerRecord, SnapshotRecord
 from tinkercloud.ledger.segments import Corrupt

@@ -11,7 +11,7 @@ from tinkercloud.api.dependencies import ServiceOf, body_of
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.reading import read
 from tinkercloud.engine.custom_loss import custom_loss_from, loss_id_of
-from tinkercloud.engine.types import OperationError
+from tinkercloud.engine.operations import OperationError
 from tinkercloud.errors import InvalidRequest
 
 router = APIRouter(tags=["training"])

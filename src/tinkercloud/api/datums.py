@@ -13,9 +13,10 @@ import numpy as np
 
 from tinkercloud.api.wire.arrays import Batch
 from tinkercloud.control.stability import Records, joined
+from tinkercloud.engine.base_model import BaseModelInfo
 from tinkercloud.engine.custom_loss import CUSTOM, custom_loss_named, session_of
 from tinkercloud.engine.losses import LOSSES, Loss, loss_named
-from tinkercloud.engine.types import BaseModelInfo, Datum, ForwardBackward, OperationError
+from tinkercloud.engine.operations import Datum, ForwardBackward, OperationError
 from tinkercloud.engine.validation import TARGETS, check_forward_backward, check_memory
 from tinkercloud.errors import InvalidRequest
 

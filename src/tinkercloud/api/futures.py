@@ -14,7 +14,7 @@ from tinkercloud.api.wire.body import PROTOBUF, off_loop
 from tinkercloud.api.wire.reading import read
 from tinkercloud.api.wire.results import answer
 from tinkercloud.engine.custom_loss import is_loss_id
-from tinkercloud.engine.types import Failure
+from tinkercloud.engine.results import Failure
 
 router = APIRouter(tags=["futures"])
 

@@ -21,7 +21,7 @@ from msgspec import Struct
 from tinkercloud.api.dependencies import ServiceOf
 from tinkercloud.api.wire.answers import Json
 from tinkercloud.control.service import Service
-from tinkercloud.engine.types import BaseModelInfo
+from tinkercloud.engine.base_model import BaseModelInfo
 from tinkercloud.errors import NotFound
 
 router = APIRouter(tags=["tokenizers"])

@@ -20,7 +20,7 @@ from tinkercloud.api.wire.body import Unreadable
 from tinkercloud.api.wire.reading import read_json
 from tinkercloud.control.runs import AHEAD
 from tinkercloud.control.service import Service
-from tinkercloud.engine.types import Failure
+from tinkercloud.engine.results import Failure
 from tinkercloud.errors import Forbidden, InvalidRequest, NotFound
 from tinkercloud.ledger.records import Entry, ModelRecord
 

@@ -24,7 +24,8 @@ from tinkercloud.api.wire.body import PROTOBUF, Unreadable, is_protobuf, off_loo
 from tinkercloud.api.wire.reading import as_request, read
 from tinkercloud.base_models import has_tokenizer
 from tinkercloud.control.service import Service
-from tinkercloud.engine.types import BaseModelInfo, ForwardBackward, OptimStep
+from tinkercloud.engine.base_model import BaseModelInfo
+from tinkercloud.engine.operations import ForwardBackward, OptimStep
 from tinkercloud.errors import InvalidRequest
 
 router = APIRouter(tags=["training"])

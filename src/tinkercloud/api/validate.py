@@ -10,10 +10,10 @@ import numpy as np
 
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.json_arrays import integer_matrix, integers, tokens_from
+from tinkercloud.engine.base_model import BaseModelInfo
 from tinkercloud.engine.external_weights import read_recipients
-from tinkercloud.engine.types import (
+from tinkercloud.engine.operations import (
     AdamParams,
-    BaseModelInfo,
     DimuonParams,
     LoraConfig,
     Matrix,
@@ -22,7 +22,7 @@ from tinkercloud.engine.types import (
     OptimizerParams,
     SamplingParams,
 )
-from tinkercloud.engine.types import Sample as SampleOperation
+from tinkercloud.engine.operations import Sample as SampleOperation
 from tinkercloud.errors import InvalidRequest
 
 MAX_NAME = 128
@@ -130,7 +130,8 @@ def check_recipients(recipients: Sequence[str]) -> None:
 def sample_from(
     given: wire.Sample, sampler_id: str, info: BaseModelInfo, raw_logprobs: bool = False
 ) -> SampleOperation:
-    """The sampling operation. Its request id is the ledger's to give; `raw_logprobs` is as in `engine.types.Sample`."""
+    """The sampling operation. Its request id is the ledger's to give; `raw_logprobs` is as in
+    `engine.operations.Sample`."""
     prompt = tokens_from(given.prompt, "prompt")
     if not len(prompt):
         raise InvalidRequest("prompt is empty; send at least one token")

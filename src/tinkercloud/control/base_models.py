@@ -21,7 +21,7 @@ from tinkercloud.control.model_memory import ModelMemory
 from tinkercloud.control.run_end import RunEnd, finished
 from tinkercloud.control.sampler_desk import SamplerDesk
 from tinkercloud.control.storage import Storage
-from tinkercloud.engine.types import BaseModelInfo
+from tinkercloud.engine.base_model import BaseModelInfo
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import ModelRecord, SamplerRecord

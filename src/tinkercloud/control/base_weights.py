@@ -5,7 +5,7 @@ Such a run or sampler is kept as it is: what was accepted waits, and goes on whe
 
 from __future__ import annotations
 
-from tinkercloud.engine.types import BaseModelInfo
+from tinkercloud.engine.base_model import BaseModelInfo
 from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SamplerRecord
 
 MadeOnBase = ModelRecord | SamplerRecord | CheckpointRecord

@@ -22,9 +22,11 @@ from tinkercloud.control.folders import (
     parse_checkpoint_path,
 )
 from tinkercloud.control.storage import Storage
+from tinkercloud.engine.base_model import BaseModelInfo
 from tinkercloud.engine.external_weights import AGE_SUFFIX
+from tinkercloud.engine.operations import CloseSampler, LoraConfig, OpenSampler, OperationError
 from tinkercloud.engine.peft_layout import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_base_model
-from tinkercloud.engine.types import BaseModelInfo, CloseSampler, Failure, LoraConfig, OpenSampler, OperationError
+from tinkercloud.engine.results import Failure
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SessionRecord

@@ -27,7 +27,8 @@ from tinkercloud.control.storage import Storage
 from tinkercloud.control.suspects import MAX_DEATHS
 from tinkercloud.control.training_run import TrainingRun, all_of
 from tinkercloud.control.turn_end import TurnEnd
-from tinkercloud.engine.types import BaseModelInfo, Failure, LoadOutput, Result, SaveOutput
+from tinkercloud.engine.base_model import BaseModelInfo
+from tinkercloud.engine.results import Failure, LoadOutput, Result, SaveOutput
 from tinkercloud.errors import Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.order import ModelLog, Turn

@@ -13,6 +13,7 @@ from pathlib import Path
 from tinkercloud.codec import decode
 from tinkercloud.control.engine_process import EngineProcess
 from tinkercloud.control.folders import scratch_folder
+from tinkercloud.engine.base_model import AdapterMemory, BaseModelInfo, EngineOptions
 from tinkercloud.engine.messages import (
     LENGTH_BYTES,
     Answer,
@@ -29,7 +30,7 @@ from tinkercloud.engine.messages import (
     frame,
     frame_length,
 )
-from tinkercloud.engine.types import AdapterMemory, BaseModelInfo, EngineOptions, Result
+from tinkercloud.engine.results import Result
 
 log = logging.getLogger(__name__)
 

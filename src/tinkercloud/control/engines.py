@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle, EngineLoadError
 from tinkercloud.control.suspects import Lane
-from tinkercloud.engine.types import BaseModelInfo, EngineOptions
+from tinkercloud.engine.base_model import BaseModelInfo, EngineOptions
 from tinkercloud.errors import InvalidRequest, Unavailable
 
 log = logging.getLogger(__name__)

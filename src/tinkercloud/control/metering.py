@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tinkercloud.engine.types import LossOutput, Result, SampleOutput
+from tinkercloud.engine.results import LossOutput, Result, SampleOutput
 from tinkercloud.ledger.records import Entry, UsageKind
 
 

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from tinkercloud.config import ModelSettings
-from tinkercloud.engine.types import BaseModelInfo
+from tinkercloud.engine.base_model import BaseModelInfo
 
 log = logging.getLogger(__name__)
 

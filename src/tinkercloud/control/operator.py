@@ -14,7 +14,7 @@ from tinkercloud.control.runs import TrainingRuns
 from tinkercloud.control.sampler_desk import client_of
 from tinkercloud.control.sampler_keeper import SamplerKeeper
 from tinkercloud.control.sessions import Sessions
-from tinkercloud.engine.types import Failure
+from tinkercloud.engine.results import Failure
 from tinkercloud.errors import NotFound
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import ModelRecord, SamplerRecord, SessionRecord

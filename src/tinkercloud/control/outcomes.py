@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from tinkercloud.control.folders import CheckpointKind, checkpoint_path, sampler_folder
-from tinkercloud.engine.types import Failure, LoadOutput, Result, SaveOutput
+from tinkercloud.engine.results import Failure, LoadOutput, Result, SaveOutput
 from tinkercloud.ledger.records import (
     CheckpointRecord,
     Entry,

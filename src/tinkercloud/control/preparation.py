@@ -12,7 +12,8 @@ from tinkercloud.control.folders import checkpoint_path
 from tinkercloud.control.outcomes import SamplerDetails, SaveDetails, details_of
 from tinkercloud.control.passing import PASSING
 from tinkercloud.control.training_run import ReplayError, TrainingRun
-from tinkercloud.engine.types import ClearGradients, DropModel, Failure
+from tinkercloud.engine.operations import ClearGradients, DropModel
+from tinkercloud.engine.results import Failure
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import CheckpointRecord, Entry, Outcome, SamplerRecord
 

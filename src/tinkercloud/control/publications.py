@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from tinkercloud.control.storage import Storage
-from tinkercloud.engine.types import Failure, Result, SaveOutput
+from tinkercloud.engine.results import Failure, Result, SaveOutput
 from tinkercloud.errors import Unavailable
 
 STOP_SECONDS = 15.0

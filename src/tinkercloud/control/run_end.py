@@ -5,7 +5,7 @@ from __future__ import annotations
 from tinkercloud.codec import encode
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.storage import Storage
-from tinkercloud.engine.types import Failure
+from tinkercloud.engine.results import Failure
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import Entry, ModelRecord
 

@@ -17,11 +17,10 @@ from tinkercloud.control.folders import CheckpointKind, checkpoint_folder, sampl
 from tinkercloud.control.outcomes import LoadDetails, SamplerDetails, SaveDetails, StorageLimit, details_of, remember
 from tinkercloud.control.sessions import Sessions
 from tinkercloud.control.storage import Storage
-from tinkercloud.engine.types import (
-    BaseModelInfo,
+from tinkercloud.engine.base_model import BaseModelInfo
+from tinkercloud.engine.operations import (
     CreateModel,
     DropModel,
-    Failure,
     ForwardBackward,
     LoadWeights,
     LoraConfig,
@@ -30,6 +29,7 @@ from tinkercloud.engine.types import (
     SaveWeights,
     TrainOperation,
 )
+from tinkercloud.engine.results import Failure
 from tinkercloud.errors import InvalidRequest, NotFound
 from tinkercloud.ledger.entries import Draft, request_id
 from tinkercloud.ledger.ledger import Ledger

@@ -19,7 +19,8 @@ from tinkercloud.control.passing import PASSING, RETRY_SECONDS
 from tinkercloud.control.stability import is_recorded
 from tinkercloud.control.storage import Storage
 from tinkercloud.control.suspects import MAX_DEATHS, SUSPECTS_TOGETHER
-from tinkercloud.engine.types import CancelSample, CloseSampler, Failure, FindSample, OpenSampler, Place, Result
+from tinkercloud.engine.operations import CancelSample, CloseSampler, FindSample, OpenSampler
+from tinkercloud.engine.results import Failure, Place, Result
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.entries import CLIENT_SEQ_IDS
 from tinkercloud.ledger.ledger import Ledger

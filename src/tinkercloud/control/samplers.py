@@ -16,7 +16,8 @@ from tinkercloud.control.checkpoints import Checkpoints
 from tinkercloud.control.sampler_desk import NUM_SAMPLES, client_of
 from tinkercloud.control.sampler_keeper import UNBOUND, SamplerKeeper
 from tinkercloud.control.sessions import Sessions
-from tinkercloud.engine.types import Failure, Sample
+from tinkercloud.engine.operations import Sample
+from tinkercloud.engine.results import Failure
 from tinkercloud.errors import InvalidRequest, NotFound, Overloaded
 from tinkercloud.ledger.entries import request_id
 from tinkercloud.ledger.ledger import Ledger

@@ -14,7 +14,8 @@ import numpy as np
 from msgspec import Struct
 
 from tinkercloud.codec import decode
-from tinkercloud.engine.types import Datum, Result, Sample, SampledSequence, SampleOutput
+from tinkercloud.engine.operations import Datum, Sample
+from tinkercloud.engine.results import Result, SampledSequence, SampleOutput
 from tinkercloud.errors import InvalidRequest
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import ModelRecord, SamplerRecord

@@ -13,16 +13,8 @@ from tinkercloud.config import Settings
 from tinkercloud.control.engine_handle import EngineHandle
 from tinkercloud.control.folders import snapshot_folder
 from tinkercloud.control.storage import Storage
-from tinkercloud.engine.types import (
-    ClearGradients,
-    DropModel,
-    Failure,
-    LoadWeights,
-    LossOutput,
-    Result,
-    SaveWeights,
-    StepOutput,
-)
+from tinkercloud.engine.operations import ClearGradients, DropModel, LoadWeights, SaveWeights
+from tinkercloud.engine.results import Failure, LossOutput, Result, StepOutput
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.order import ModelLog, Turn
 from tinkercloud.ledger.records import Entry, ModelRecord, Outcome, SnapshotRecord

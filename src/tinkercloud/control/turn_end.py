@@ -11,7 +11,7 @@ from tinkercloud.control.quotas import beyond_storage
 from tinkercloud.control.sampler_desk import SamplerDesk
 from tinkercloud.control.storage import Storage
 from tinkercloud.control.training_run import TrainingRun
-from tinkercloud.engine.types import Failure, Result, SaveOutput
+from tinkercloud.engine.results import Failure, Result, SaveOutput
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import CatalogRecord, CheckpointRecord, Entry, SamplerRecord
 from tinkercloud.ledger.timeline import Times

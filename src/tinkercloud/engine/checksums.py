@@ -6,8 +6,8 @@ import json
 import zlib
 from pathlib import Path
 
+from tinkercloud.engine.operations import OperationError
 from tinkercloud.engine.peft_layout import read_adapter_config, read_weights_header
-from tinkercloud.engine.types import OperationError
 
 CHECKSUMS_FILE = "checksums.json"
 """{file name: CRC-32 of its bytes}"""

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from tinkercloud.engine.custom_operations import ATTRIBUTES, DTYPES, FUNCTIONS, METHODS, TEXTS, public_name
-from tinkercloud.engine.types import OperationError
+from tinkercloud.engine.operations import OperationError
 
 CUSTOM = "custom"
 """The `loss_fn` of every custom loss."""

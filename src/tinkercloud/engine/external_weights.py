@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pyrage
 
+from tinkercloud.engine.operations import OperationError
 from tinkercloud.engine.published_layout import write_published
-from tinkercloud.engine.types import OperationError
 
 MAX_RECIPIENTS = 10
 """Keys that one export may be encrypted to, as the SDK documents it."""

@@ -12,7 +12,7 @@ from typing import Literal
 
 from msgspec import Struct
 
-from tinkercloud.engine.types import OperationError
+from tinkercloud.engine.operations import OperationError
 
 
 class LossInput(Struct, frozen=True):

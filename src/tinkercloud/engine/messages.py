@@ -12,7 +12,8 @@ import struct
 from msgspec import Struct
 
 from tinkercloud.codec import decode, encode
-from tinkercloud.engine.types import AdapterMemory, BaseModelInfo, EngineOptions, Result
+from tinkercloud.engine.base_model import AdapterMemory, BaseModelInfo, EngineOptions
+from tinkercloud.engine.results import Result
 
 _LENGTH = struct.Struct(">I")
 

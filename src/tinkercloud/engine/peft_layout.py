@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from tinkercloud.engine.types import LoraConfig, OperationError, OptimizerFamily
+from tinkercloud.engine.operations import LoraConfig, OperationError, OptimizerFamily
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

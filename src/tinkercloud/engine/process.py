@@ -17,6 +17,7 @@ from pathlib import Path
 from setproctitle import setproctitle
 
 from tinkercloud.codec import decode
+from tinkercloud.engine.base_model import EngineOptions
 from tinkercloud.engine.messages import (
     Answer,
     Ask,
@@ -31,11 +32,9 @@ from tinkercloud.engine.messages import (
     frame,
     receive,
 )
-from tinkercloud.engine.protocol import Sampler, Trainer
-from tinkercloud.engine.types import (
+from tinkercloud.engine.operations import (
     CancelSample,
     CloseSampler,
-    EngineOptions,
     FindSample,
     OpenSampler,
     OperationError,
@@ -43,6 +42,7 @@ from tinkercloud.engine.types import (
     SampleOperation,
     TrainOperation,
 )
+from tinkercloud.engine.protocol import Sampler, Trainer
 
 log = logging.getLogger(__name__)
 

@@ -5,18 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from tinkercloud.engine.types import (
-    AdapterMemory,
-    BaseModelInfo,
-    CancelSample,
-    CloseSampler,
-    FindSample,
-    OpenSampler,
-    Place,
-    Result,
-    Sample,
-    TrainOperation,
-)
+from tinkercloud.engine.base_model import AdapterMemory, BaseModelInfo
+from tinkercloud.engine.operations import CancelSample, CloseSampler, FindSample, OpenSampler, Sample, TrainOperation
+from tinkercloud.engine.results import Place, Result
 
 
 class Trainer(Protocol):

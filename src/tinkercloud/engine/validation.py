@@ -7,9 +7,10 @@ from functools import partial
 
 import numpy as np
 
+from tinkercloud.engine.base_model import BaseModelInfo
 from tinkercloud.engine.custom_loss import CUSTOM, CustomLoss, custom_loss_named
 from tinkercloud.engine.losses import Loss, loss_config, loss_named
-from tinkercloud.engine.types import BaseModelInfo, Datum, ForwardBackward, OperationError
+from tinkercloud.engine.operations import Datum, ForwardBackward, OperationError
 
 TARGETS = "target_tokens"
 

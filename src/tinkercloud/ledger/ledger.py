@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from sqlalchemy import Connection, Engine
 
 from tinkercloud.codec import encode
-from tinkercloud.engine.types import Failure
+from tinkercloud.engine.results import Failure
 from tinkercloud.ledger import (
     audit,
     catalog,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-from tinkercloud.engine.types import Failure
+from tinkercloud.engine.results import Failure
 from tinkercloud.ledger.records import Entry
 
 GAP_TIMEOUT = 360.0

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from tinkercloud.engine.types import Failure, LoraConfig, LossOutput, OptimizerFamily, SampleOutput, StepOutput
+from tinkercloud.engine.operations import LoraConfig, OptimizerFamily
+from tinkercloud.engine.results import Failure, LossOutput, SampleOutput, StepOutput
 
 
 class SessionRecord(Struct, frozen=True):

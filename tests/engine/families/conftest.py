@@ -24,8 +24,8 @@ from transformers import (
 
 from tests.engine.examples import VOCAB
 from tests.engine.precision import DEVICE, DTYPE
+from tinkercloud.engine.base_model import EngineOptions
 from tinkercloud.engine.torch.model import BaseModel
-from tinkercloud.engine.types import EngineOptions
 
 _SHAPE = dict(
     vocab_size=VOCAB,

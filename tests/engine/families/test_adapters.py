@@ -14,20 +14,13 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 from tests.engine import reference
 from tests.engine.examples import forward_backward, gradient_of, make_datum, parameters_of, run, shaken
 from tests.engine.families.conftest import FAMILIES
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import CreateModel, DimuonParams, LoadWeights, LoraConfig, OptimStep, SaveWeights
 from tinkercloud.engine.published_layout import write_published
+from tinkercloud.engine.results import Failure
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.optimizer_dimuon import direction
 from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import (
-    CreateModel,
-    DimuonParams,
-    EngineOptions,
-    Failure,
-    LoadWeights,
-    LoraConfig,
-    OptimStep,
-    SaveWeights,
-)
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 DATA = [make_datum(1, 12), make_datum(2, 30)]

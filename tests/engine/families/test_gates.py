@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from tests.engine.examples import VOCAB, forward_backward, gradient_of, make_datum, run, shaken, together
 from tests.engine.precision import assert_flat, assert_same, assert_same_metrics
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.results import LossOutput
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import EngineOptions, LossOutput
 
 LENGTHS = [3, 40, 9, 1, 47, 9, 9, 17]
 """Ten of them would fill the 64 tokens of a chunk of linear attention; none is a multiple of the rows of a product."""

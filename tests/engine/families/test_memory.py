@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinkercloud.engine.base_model import EngineOptions
 from tinkercloud.engine.torch import attention
 from tinkercloud.engine.torch.activations import _bytes_per_token
 from tinkercloud.engine.torch.attention import PackedAttention
 from tinkercloud.engine.torch.lora import BASE_ONLY
 from tinkercloud.engine.torch.sampler import TorchSampler
-from tinkercloud.engine.types import EngineOptions
 
 
 @pytest.mark.parametrize("lengths", [[2] * 256, [1, 2] * 16, [63] * 4, [65] * 4, [200]], ids=lambda own: str(own[:2]))

@@ -21,20 +21,12 @@ from tests.engine import reference
 from tests.engine.examples import VOCAB, forward_backward, run, shaken
 from tests.engine.families.conftest import every_day
 from tests.engine.precision import EXACT, REGRET, assert_as_near, assert_logprobs
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import Datum, OpenSampler, Sample, SamplingParams, SaveWeights
+from tinkercloud.engine.results import Done, SampledSequence, SampleOutput
 from tinkercloud.engine.torch import batching
 from tinkercloud.engine.torch.sampler import TorchSampler
 from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import (
-    Datum,
-    Done,
-    EngineOptions,
-    OpenSampler,
-    Sample,
-    SampledSequence,
-    SampleOutput,
-    SamplingParams,
-    SaveWeights,
-)
 
 RANKS = {"one": 8, "two": 3}
 LENGTHS = [1, 9, 26, 40, 9]

@@ -11,9 +11,11 @@ from tests.engine import reference
 from tests.engine.examples import forward_backward, make_datum, run, shaken, together
 from tests.engine.families.conftest import FAMILIES
 from tests.engine.precision import EXACT, assert_as_near, assert_logprobs, assert_sum, assert_tensors
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import AdamParams, LoadWeights, OptimStep, SaveWeights
+from tinkercloud.engine.results import Failure, LossOutput
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.trainer import TorchTrainer
-from tinkercloud.engine.types import AdamParams, EngineOptions, Failure, LoadWeights, LossOutput, OptimStep, SaveWeights
 
 PARTS = {
     "all": dict(rank=8),

@@ -9,7 +9,7 @@ import numpy as np
 from msgspec import Struct
 
 from tinkercloud.control.stability import Provenance
-from tinkercloud.engine.types import Datum
+from tinkercloud.engine.operations import Datum
 from tinkercloud.errors import InvalidRequest
 
 

@@ -10,7 +10,7 @@ from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.arrays import Batch, DenseBudget, check_csr, dense_from_csr, shaped
 from tinkercloud.api.wire.json import ForwardBackwardInput, ModelInput, TensorData
 from tinkercloud.control.stability import Provenance, Span
-from tinkercloud.engine.types import Datum, Matrix
+from tinkercloud.engine.operations import Datum, Matrix
 from tinkercloud.errors import InvalidRequest
 
 

@@ -16,7 +16,8 @@ from tinker.proto import tinker_public_pb2 as pb
 from tinkercloud.api.wire.arrays import Batch, DenseBudget, dense_from_csr, from_bytes, shaped
 from tinkercloud.api.wire.body import Unreadable, find_address
 from tinkercloud.control.stability import Provenance, Span
-from tinkercloud.engine.types import Datum, LossOutput, Matrix, SampleOutput, TopLogprobs
+from tinkercloud.engine.operations import Datum, Matrix
+from tinkercloud.engine.results import LossOutput, SampleOutput, TopLogprobs
 from tinkercloud.errors import InvalidRequest
 
 _INT32, _INT64, _FLOAT32, _UINT16 = (np.dtype(name) for name in ("<i4", "<i8", "<f4", "<u2"))

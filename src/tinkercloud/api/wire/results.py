@@ -10,7 +10,8 @@ from fastapi import Response
 from tinkercloud.api.wire.answers import Json
 from tinkercloud.api.wire.body import PROTOBUF
 from tinkercloud.api.wire.protobuf import encode_loss, encode_sample
-from tinkercloud.engine.types import Failure, LossOutput, Matrix, SampleOutput, StepOutput, TopLogprobs
+from tinkercloud.engine.operations import Matrix
+from tinkercloud.engine.results import Failure, LossOutput, SampleOutput, StepOutput, TopLogprobs
 from tinkercloud.ledger.records import (
     ExternalSaved,
     ModelCreated,

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from tinkercloud.engine.base_model import ActivationMemory, EngineOptions
+from tinkercloud.engine.operations import LoraConfig
 from tinkercloud.engine.torch.adapter import Adapter, layout_of
 from tinkercloud.engine.torch.attention import SCAN_CHUNK, CurrentAttention, PackedAttention
 from tinkercloud.engine.torch.lora import CurrentLora, LoraBatch, Segment, runs_of
-from tinkercloud.engine.types import ActivationMemory, EngineOptions, LoraConfig
 
 if TYPE_CHECKING:
     from tinkercloud.engine.torch.model import BaseModel

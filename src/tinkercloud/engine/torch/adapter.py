@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.operations import LoraConfig, OperationError, OptimizerFamily
 from tinkercloud.engine.torch.experts import AdaptedLayer
 from tinkercloud.engine.torch.lora import AdapterWeights, Factors, Pair, Stack, StackedB
-from tinkercloud.engine.types import LoraConfig, OperationError, OptimizerFamily
 
 
 class AdapterLayout:

@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import torch
 
+from tinkercloud.engine.base_model import AdapterMemory
+from tinkercloud.engine.operations import LoraConfig, OptimizerFamily
 from tinkercloud.engine.torch.adapter import Adapter, AdapterLayout
 from tinkercloud.engine.torch.optimizer import OPTIMIZERS
 from tinkercloud.engine.torch.shelf import Shelf
-from tinkercloud.engine.types import AdapterMemory, LoraConfig, OptimizerFamily
 
 log = logging.getLogger(__name__)
 

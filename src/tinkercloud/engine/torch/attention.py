@@ -18,9 +18,9 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from tinkercloud.engine.operations import OperationError
 from tinkercloud.engine.torch.kernels.causal import LONGEST, causal_attention, causal_attention_backward
 from tinkercloud.engine.torch.kernels.products import have_products
-from tinkercloud.engine.types import OperationError
 
 IMPLEMENTATION = "tinkercloud"
 """The name under which transformers finds `attend`. No mask function is registered for it, so models build none."""

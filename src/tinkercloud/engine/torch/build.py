@@ -12,9 +12,9 @@ import numba
 import torch
 import transformers
 
+from tinkercloud.engine.base_model import Quantization
 from tinkercloud.engine.torch.kernels.compiled import kernels_for
 from tinkercloud.engine.torch.sources import digest_of
-from tinkercloud.engine.types import Quantization
 
 CPU_FACTS = Path("/proc/cpuinfo")
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tinkercloud.engine.checksums import write_checksums
 from tinkercloud.engine.external_weights import write_external
+from tinkercloud.engine.operations import LoraConfig, OperationError
 from tinkercloud.engine.peft_layout import (
     CONFIG_FILE,
     FINGERPRINT,
@@ -36,7 +37,6 @@ from tinkercloud.engine.torch.adapter import Adapter, AdapterLayout
 from tinkercloud.engine.torch.lora import Pair
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.optimizer import OPTIMIZERS
-from tinkercloud.engine.types import LoraConfig, OperationError
 
 
 class SavedAdapter(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tinkercloud.engine import custom_operations as names
 from tinkercloud.engine.custom_loss import CustomLoss, Node
-from tinkercloud.engine.types import OperationError
+from tinkercloud.engine.operations import OperationError
 
 MAX_ELEMENTS = 2**24
 """Elements of one result."""

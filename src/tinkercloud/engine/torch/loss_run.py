@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.operations import ForwardBackward
+from tinkercloud.engine.results import LossOutput
 from tinkercloud.engine.torch.adapter import Adapter
 from tinkercloud.engine.torch.lora import Segment
 from tinkercloud.engine.torch.objectives import objective_of
 from tinkercloud.engine.torch.packing import Tile, tiles_of
-from tinkercloud.engine.types import ForwardBackward, LossOutput
 
 
 class LossRun:

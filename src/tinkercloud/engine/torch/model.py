@@ -20,7 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils.logging import disable_progress_bar
 
 from tinkercloud.base_models import hub_refusal
+from tinkercloud.engine.base_model import BaseModelInfo, EngineOptions
 from tinkercloud.engine.fingerprint import fingerprint_of
+from tinkercloud.engine.operations import OperationError
 from tinkercloud.engine.peft_layout import EXPERT_PARAMETERS, PARTS
 from tinkercloud.engine.torch.activations import Recomputation, activation_memory
 from tinkercloud.engine.torch.attention import IMPLEMENTATION, Attention, CurrentAttention, PackedAttention
@@ -35,7 +37,6 @@ from tinkercloud.engine.torch.packing import row_multiple_of
 from tinkercloud.engine.torch.products import LEAST_ROWS, filled, is_narrow
 from tinkercloud.engine.torch.quantized import QuantizedLoraLinear, is_quantized, quantization_of
 from tinkercloud.engine.torch.threads import ThreadChoice
-from tinkercloud.engine.types import BaseModelInfo, EngineOptions, OperationError
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 """What a base model needs of a hub repository: no pickles, no code."""

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tinkercloud.engine.custom_loss import CUSTOM, custom_loss_named
 from tinkercloud.engine.losses import loss_config, loss_named
+from tinkercloud.engine.operations import ForwardBackward, OperationError
 from tinkercloud.engine.torch.custom_loss import Budget, evaluate
 from tinkercloud.engine.torch.loss_metrics import loss_metrics
 from tinkercloud.engine.torch.losses import LOSS_FUNCTIONS, Targets, sums_of_datums
 from tinkercloud.engine.torch.packing import Tile
 from tinkercloud.engine.torch.threads import one_thread
-from tinkercloud.engine.types import ForwardBackward, OperationError
 
 
 class Summary(NamedTuple):

@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.operations import OperationError, OptimizerFamily, OptimizerParams, family_of
 from tinkercloud.engine.torch.adapter import Adapter
 from tinkercloud.engine.torch.optimizer_adamw import AdamW
 from tinkercloud.engine.torch.optimizer_dimuon import Dimuon
-from tinkercloud.engine.types import OperationError, OptimizerFamily, OptimizerParams, family_of
 
 LARGEST_NORM = 1e18
 """A gradient of a larger L2 norm (no unit) would overflow the float32 second moment, so it counts as infinite."""

@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.operations import AdamParams
 from tinkercloud.engine.torch.adapter import Adapter
-from tinkercloud.engine.types import AdamParams
 
 
 class AdamW:

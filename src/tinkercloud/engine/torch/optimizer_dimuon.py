@@ -32,8 +32,8 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.operations import DimuonParams
 from tinkercloud.engine.torch.adapter import Adapter
-from tinkercloud.engine.types import DimuonParams
 
 REFERENCE_RANK = 32
 """The rank at which the learning rate is applied as given."""

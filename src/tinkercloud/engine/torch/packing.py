@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.operations import Datum
 from tinkercloud.engine.torch.lora import runs_of
-from tinkercloud.engine.types import Datum
 
 ROW_MULTIPLE = 8
 """Rows of a micro-batch are filled up to a multiple of this, or of more where a model asks for it; products of other

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.operations import Matrix, OperationError, Sample
+from tinkercloud.engine.results import AltTokens, TopLogprobs
 from tinkercloud.engine.torch.sampling import (
     alternatives_stream,
     draw_alternatives,
     top_logprobs,
     without_distribution,
 )
-from tinkercloud.engine.types import AltTokens, Matrix, OperationError, Sample, TopLogprobs
 
 DRAWN_SHARE = 4
 """One in so many of the rows of logits that may be there at a time is drawn from at a time: a draw needs the cumulative

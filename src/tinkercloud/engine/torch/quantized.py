@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
+from tinkercloud.engine.base_model import Quantization
+from tinkercloud.engine.operations import OperationError
 from tinkercloud.engine.peft_layout import PARTS
 from tinkercloud.engine.torch.lora import LoraLinear
-from tinkercloud.engine.types import OperationError, Quantization
 
 _ADAPTABLE = "|".join(name for names in PARTS.values() for name in names)
 OTHER_LAYERS = rf"(?!(.*\.)?({_ADAPTABLE})$).*"

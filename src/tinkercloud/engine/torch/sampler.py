@@ -11,6 +11,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.operations import CancelSample, CloseSampler, FindSample, OpenSampler, OperationError, Sample
+from tinkercloud.engine.results import Done, Failure, Place, Result
 from tinkercloud.engine.torch.adapter import frozen_weights
 from tinkercloud.engine.torch.attention import Attention
 from tinkercloud.engine.torch.batching import ContinuousBatch, Turn
@@ -30,19 +33,6 @@ from tinkercloud.engine.torch.sampling import check_params, draw, top_logprobs
 from tinkercloud.engine.torch.sequences import OpenedSampler, Request
 from tinkercloud.engine.torch.state_cache import StateCache, state_bytes
 from tinkercloud.engine.torch.stopping import Tokenizer
-from tinkercloud.engine.types import (
-    CancelSample,
-    CloseSampler,
-    Done,
-    EngineOptions,
-    Failure,
-    FindSample,
-    OpenSampler,
-    OperationError,
-    Place,
-    Result,
-    Sample,
-)
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tinkercloud.engine.operations import OperationError, SamplingParams
+from tinkercloud.engine.results import TopLogprobs
 from tinkercloud.engine.torch.kernels.compiled import have_kernels
 from tinkercloud.engine.torch.kernels.draws import BLOCK, drawn
-from tinkercloud.engine.types import OperationError, SamplingParams, TopLogprobs
 
 NO_LOGPROB = -99999.0
 """In `TopLogprobs`, where a position has no distribution (SDK `SampleResponse`)."""

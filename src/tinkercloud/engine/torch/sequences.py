@@ -8,12 +8,13 @@ from typing import Literal
 
 import numpy as np
 
+from tinkercloud.engine.operations import Sample
+from tinkercloud.engine.results import SampledSequence, SampleOutput, TopLogprobs
 from tinkercloud.engine.torch.lora import AdapterWeights
 from tinkercloud.engine.torch.prefix_cache import Namespace, Node, page_keys
 from tinkercloud.engine.torch.prompt_scoring import PromptScores
 from tinkercloud.engine.torch.sampling import random_stream
 from tinkercloud.engine.torch.stopping import StopCondition
-from tinkercloud.engine.types import Sample, SampledSequence, SampleOutput, TopLogprobs
 
 
 @dataclass(eq=False)

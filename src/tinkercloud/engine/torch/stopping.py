@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tinkercloud.base_models import has_tokenizer
-from tinkercloud.engine.types import OperationError, SamplingParams
+from tinkercloud.engine.operations import OperationError, SamplingParams
 
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text, special tokens included; incomplete characters become U+FFFD."""

@@ -11,6 +11,20 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 
+from tinkercloud.engine.base_model import AdapterMemory, EngineOptions
+from tinkercloud.engine.operations import (
+    AdamStep,
+    ClearGradients,
+    CreateModel,
+    DropModel,
+    ForwardBackward,
+    LoadWeights,
+    OperationError,
+    OptimStep,
+    SaveWeights,
+    TrainOperation,
+)
+from tinkercloud.engine.results import Done, Failure, LoadOutput, Result, SaveOutput, StepOutput
 from tinkercloud.engine.torch.adapter import Adapter, layout_of
 from tinkercloud.engine.torch.adapter_store import AdapterStore
 from tinkercloud.engine.torch.attention import PackedAttention
@@ -22,26 +36,6 @@ from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.optimizer import take_step
 from tinkercloud.engine.torch.packing import Pack, Tile, micro_batches
 from tinkercloud.engine.torch.shelf import StateLost, shelf_for
-from tinkercloud.engine.types import (
-    AdamStep,
-    AdapterMemory,
-    ClearGradients,
-    CreateModel,
-    Done,
-    DropModel,
-    EngineOptions,
-    Failure,
-    ForwardBackward,
-    LoadOutput,
-    LoadWeights,
-    OperationError,
-    OptimStep,
-    Result,
-    SaveOutput,
-    SaveWeights,
-    StepOutput,
-    TrainOperation,
-)
 from tinkercloud.engine.validation import check_forward_backward
 
 log = logging.getLogger(__name__)
