@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from `tinkercloud.config`: python scripts/make_configuration_doc.py"""
+"""Writes docs/configuration.md from the server's settings: python scripts/make_configuration_doc.py"""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from tinkercloud.config import ENV_PREFIX, KIB, MIB, ModelSettings, PerModel, Settings
+from tinkercloud.config import ENV_PREFIX, Settings
+from tinkercloud.model_settings import ModelSettings, PerModel
+from tinkercloud.units import KIB, MIB
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 
 INTRODUCTION = f"""\
 # Configuration
 
-*Made from `src/tinkercloud/config.py` by `scripts/make_configuration_doc.py`.*
+*Made from `src/tinkercloud/config.py` and `src/tinkercloud/model_settings.py` by `scripts/make_configuration_doc.py`.*
 
 A setting comes from the command line, else from a variable, else from a TOML file, else it has its default:
 

@@ -11,7 +11,7 @@ import tinkercloud
 
 ROOT = Path(tinkercloud.__file__).parent
 ABOVE = {
-    "engine": {"api", "cli", "control", "ledger", "scheduler", "server", "config"},
+    "engine": {"api", "cli", "control", "ledger", "scheduler", "server", "config", "model_settings"},
     "scheduler": {"api", "cli", "control", "ledger", "server"},
     "ledger": {"api", "cli", "control", "scheduler", "server"},
     "control": {"api", "cli", "server"},

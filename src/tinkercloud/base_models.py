@@ -65,6 +65,15 @@ def resolve_source(name: str, source: str) -> tuple[str, str]:
     return _checked(name), hub["id"]
 
 
+def source_folder(source: str) -> str:
+    """`builtin` as the embedded model's folder; anything else as it is."""
+    if source != "builtin":
+        return source
+    from tinkercloud.nano import FOLDER
+
+    return str(FOLDER)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model's folder has a tokenizer, of whatever kind."""
     return any(any(folder.glob(pattern)) for pattern in VOCABULARIES)

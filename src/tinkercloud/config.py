@@ -1,30 +1,20 @@
 """Every setting of the server: its default, its unit and what it means.
 
 A value comes from the command line, else from a `TINKERCLOUD_*` variable, else from the TOML file that `--config` (or
-`TINKERCLOUD_CONFIG`) names, else from here. `docs/configuration.md` is made from this module.
+`TINKERCLOUD_CONFIG`) names, else from here. What may differ between base models is in `model_settings.py`; `docs/configuration.md` is made
+from both.
 """
 
 from __future__ import annotations
 
 import difflib
-import ipaddress
-import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ByteSize,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -33,125 +23,15 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from tinkercloud.base_models import ModelError, parse_model, resolve_source
+from tinkercloud.base_models import ModelError, source_folder
+from tinkercloud.model_settings import ModelSettings, PerModel, read_models
+from tinkercloud.setting_errors import ConfigError, sentences
+from tinkercloud.units import MIB
 
 if TYPE_CHECKING:
     from tinkercloud.engine.base_model import EngineOptions
 
 ENV_PREFIX = "TINKERCLOUD_"
-KIB, MIB = 2**10, 2**20
-
-
-class ConfigError(Exception):
-    """A setting is wrong. The text says which one, and what would be right."""
-
-
-class PerModel(BaseModel):
-    """What may differ between base models: the server's value holds for every model that does not set its own."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True)
-
-    device: str = Field("auto", description="Where the model runs: `cpu`, `cuda`, `cuda:1`; `auto` is the GPU if any.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of the frozen weights; `auto` is float32 on the CPU and bfloat16 on a GPU."
-    )
-    quantization: Literal["none", "8bit", "4bit"] = Field(
-        "none",
-        description="Hold the weights of the frozen linear layers in 8 or 4 bits, by bitsandbytes (the extra "
-        "`quantized`); embeddings, fused experts and the unembedding stay in `dtype`. See models.md.",
-    )
-    max_rank: int = Field(128, gt=0, description="Largest LoRA rank that a client may ask for.")
-    lora_alpha: float = Field(
-        32.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="LoRA's alpha of new training runs: an adapter of rank r counts alpha / r times. A run and its "
-        "checkpoints keep the one that they were made with.",
-    )
-    max_context: int = Field(
-        0, ge=0, description="Tokens of prompt and generation together; 0 is what the model was made for."
-    )
-    token_budget: int = Field(4096, gt=0, description="Most tokens in one training micro-batch.")
-    activation_bytes: ByteSize = Field(
-        0,
-        ge=0,
-        description="Bytes for what a backward pass needs of its forward pass; 0 is a quarter of the machine's memory, "
-        "or half of a GPU's beside the model. Micro-batches stay within it; where one sequence alone does not, its "
-        "layers run again in the backward pass; where that is too much as well, the batch is refused.",
-    )
-    adapter_memory: ByteSize = Field(
-        0,
-        ge=0,
-        description="Bytes for the parameters, gradients and moments of adapters in training; 0 is without a limit. "
-        "Beyond it, those that were not used for longest move to disk, or to the host's memory beside a GPU, and come "
-        "back when they are used.",
-    )
-    kv_cache_bytes: ByteSize = Field(
-        256 * MIB,
-        gt=0,
-        description="Bytes for what the sampler remembers of its sequences: a quarter for decode windows, copies of "
-        "the keys and values of those that decode together (none in float32 on a CPU, which reads them where they "
-        "are); with linear attention at most half for states, so fewer sequences than `max_decode_batch` may run; "
-        "the rest for pages of keys and values, but at least one context's.",
-    )
-    max_decode_batch: int = Field(64, gt=0, description="Sequences decoded in one step.")
-    logits_bytes: ByteSize = Field(64 * MIB, gt=0, description="Most bytes that logits may take at a time.")
-    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 is what the machine has.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model's files.")
-    price_train: float = Field(
-        0, ge=0, allow_inf_nan=False, description="USD for a million tokens of forward and backward passes, in billing."
-    )
-    price_prefill: float = Field(0, ge=0, allow_inf_nan=False, description="USD for a million tokens of prompts.")
-    price_cached: float = Field(
-        0, ge=0, allow_inf_nan=False, description="USD for a million tokens of prompts that were remembered."
-    )
-    price_sample: float = Field(0, ge=0, allow_inf_nan=False, description="USD for a million tokens that were drawn.")
-    idle_seconds: float = Field(
-        600,
-        gt=0,
-        description="A lazy model that nothing was asked of for this many seconds leaves memory; "
-        "whatever asks for it next brings it back.",
-    )
-
-
-class ModelSettings(PerModel):
-    """One base model to serve."""
-
-    name: str = Field(description="What clients call it, as in `base_model=`.")
-    source: str = Field("", description="A folder, a Hugging Face id, or `builtin`; without it, the name says it.")
-    lazy: bool = Field(False, description="Load it when the first client asks for it instead of at the start.")
-
-    def model_post_init(self, context: Any, /) -> None:
-        self.name, self.source = resolve_source(self.name, self.source)
-
-
-def _read_models(value: Any) -> Any:
-    """Accepts tables, `--model` texts, and (from the environment) either one such text or a JSON list of both."""
-    if isinstance(value, str):
-        value = json.loads(value) if value.lstrip().startswith("[") else [value]
-    if not isinstance(value, list | tuple):
-        return value
-    models, wrong = [], []
-    for item in value:
-        try:
-            models.append(read_model(item))
-        except ModelError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise ModelError("; ".join(wrong))
-    return models
-
-
-def read_model(item: Any) -> ModelSettings:
-    """One model. ModelError calls it what its user calls it."""
-    if isinstance(item, ModelSettings):
-        return item
-    fields = parse_model(item) if isinstance(item, str) else item
-    try:
-        return ModelSettings.model_validate(fields)
-    except ValidationError as error:
-        called = item if isinstance(item, str) else fields.get("name", fields) if isinstance(fields, dict) else fields
-        raise ModelError(f"model {called}: {sentences(error)}") from None
 
 
 def _read_names(value: Any) -> Any:
@@ -226,7 +106,7 @@ class Settings(PerModel, BaseSettings):
     )
     log_file: Path | None = Field(None, description="File that the log is appended to; without it, standard error.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
-    models: Annotated[list[ModelSettings], NoDecode, BeforeValidator(_read_models)] = Field(
+    models: Annotated[list[ModelSettings], NoDecode, BeforeValidator(read_models)] = Field(
         default_factory=lambda: [ModelSettings(name="tinkercloud/nano")],
         description="Base models to serve, as `[[models]]` tables or `--model` texts; without any, the embedded model.",
     )
@@ -379,7 +259,7 @@ class Settings(PerModel, BaseSettings):
         try:
             return cls(**{name: value for name, value in given.items() if value is not None})
         except ValidationError as error:
-            raise ConfigError(sentences(error)) from None
+            raise ConfigError(sentences(error, cls)) from None
         except ModelError as error:
             raise ConfigError(str(error)) from None
 
@@ -405,48 +285,8 @@ class Settings(PerModel, BaseSettings):
         return int(value) if isinstance(value, ByteSize) else value
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine, and cannot be reached from another one."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def server_url(host: str, port: int, tls: bool = False) -> str:
-    """Where a server that listens there is found."""
-    return f"http{'s' * tls}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def source_folder(source: str) -> str:
-    """`builtin` as the embedded model's folder; anything else as it is."""
-    if source != "builtin":
-        return source
-    from tinkercloud.nano import FOLDER
-
-    return str(FOLDER)
-
-
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[tuple[str, str | None]]:
     """`TINKERCLOUD_*` variables that set nothing, each with the variable that may have been meant."""
     known = [ENV_PREFIX + name.upper() for name in Settings.model_fields]
     strange = sorted(name for name in environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
     return [(name, next(iter(difflib.get_close_matches(name.upper(), known)), None)) for name in strange]
-
-
-def sentences(error: ValidationError) -> str:
-    """What is wrong with each setting of a server or of a model."""
-    known = ModelSettings.model_fields if error.title == ModelSettings.__name__ else Settings.model_fields
-    return "; ".join(_sentence(problem, known) for problem in error.errors())
-
-
-def _sentence(problem: Any, known: Iterable[str]) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(place, known, n=1)
-        meant = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(sorted(known))}"
-        return f"there is no setting {place!r}; {meant}"
-    if problem["type"] == "value_error":
-        error = problem["ctx"]["error"]
-        return str(error) if isinstance(error, ModelError) or not place else f"{place}: {error}"
-    return f"{place}: {problem['msg']} (it is {problem['input']!r})"

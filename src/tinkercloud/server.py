@@ -19,8 +19,9 @@ sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 import uvicorn
 
 from tinkercloud import running
+from tinkercloud.addresses import is_loopback, server_url
 from tinkercloud.api import tokens
-from tinkercloud.config import Settings, is_loopback, server_url
+from tinkercloud.config import Settings
 from tinkercloud.control.checkpoint_store import UnusableStore
 from tinkercloud.control.conductor import Unfinished
 from tinkercloud.control.engines import OnProgress

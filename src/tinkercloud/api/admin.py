@@ -15,6 +15,7 @@ from fastapi import APIRouter, Depends, Request
 from msgspec import to_builtins
 from pydantic import ValidationError
 
+from tinkercloud.addresses import is_loopback
 from tinkercloud.api.audit import Event
 from tinkercloud.api.auth import Owner, require_operator
 from tinkercloud.api.dependencies import Limit, Offset, ServiceOf, body_of
@@ -22,8 +23,9 @@ from tinkercloud.api.validate import check_name
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.reading import read, read_json
 from tinkercloud.base_models import ModelError, missing_tokenizer
-from tinkercloud.config import ModelSettings, is_loopback, sentences
 from tinkercloud.errors import Forbidden, InvalidRequest
+from tinkercloud.model_settings import ModelSettings
+from tinkercloud.setting_errors import sentences
 
 DRAIN_SECONDS = 60
 """How long one request waits for a session to drain."""
@@ -70,7 +72,7 @@ async def add_model(request: Request, service: ServiceOf) -> dict[str, Any]:
     except ModelError as error:
         raise InvalidRequest(str(error)) from None
     except ValidationError as error:
-        raise InvalidRequest(sentences(error)) from None
+        raise InvalidRequest(sentences(error, ModelSettings)) from None
     state = await service.models.add(model)
     return {"name": model.name, "state": state, "warning": missing_tokenizer(model.name, model.source)}
 

@@ -15,10 +15,11 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tinkercloud.addresses import is_loopback
 from tinkercloud.api.auth import PREFIX
 from tinkercloud.api.errors import drain, refused
 from tinkercloud.api.wire.body import HOLD
-from tinkercloud.config import Settings, is_loopback
+from tinkercloud.config import Settings
 from tinkercloud.errors import Forbidden, InvalidRequest, Overloaded, RequestError
 
 SMALL_BYTES = 64 * 1024

@@ -14,10 +14,12 @@ from rich.filesize import decimal
 from rich.markup import escape
 
 from tinkercloud import running
+from tinkercloud.addresses import is_loopback, server_url
 from tinkercloud.base_models import ModelError, parse_model
 from tinkercloud.cli.console import CommandError, err, out, print_columns
 from tinkercloud.cli.options import ONE_MODEL_TEXT
-from tinkercloud.config import ConfigError, Settings, is_loopback, server_url
+from tinkercloud.config import Settings
+from tinkercloud.setting_errors import ConfigError
 
 if TYPE_CHECKING:
     import httpx

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from tinkercloud.cli import admin, backup, demo, doctor, fsck, keys, serve, version
 from tinkercloud.cli.console import CommandError, err
-from tinkercloud.config import ConfigError
+from tinkercloud.setting_errors import ConfigError
 
 app = typer.Typer(
     help="A server that speaks the Tinker API, on hardware you own.",

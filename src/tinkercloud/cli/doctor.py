@@ -16,11 +16,15 @@ from typing import NamedTuple
 import typer
 from rich.markup import escape
 
+from tinkercloud.addresses import server_url
 from tinkercloud.base_models import NO_TOKENIZER, ModelError, has_tokenizer
 from tinkercloud.cli import options
 from tinkercloud.cli.console import out
 from tinkercloud.cli.memory import ENGINE_BYTES, ask_hub, local_folder, model_bytes
-from tinkercloud.config import MIB, ConfigError, Settings, read_model, server_url, unknown_variables
+from tinkercloud.config import Settings, unknown_variables
+from tinkercloud.model_settings import read_model
+from tinkercloud.setting_errors import ConfigError
+from tinkercloud.units import MIB
 
 MIN_PYTHON = (3, 11)
 MIN_DISK_BYTES = 1024 * MIB

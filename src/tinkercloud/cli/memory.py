@@ -8,8 +8,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tinkercloud.base_models import hub_refusal
-from tinkercloud.config import MIB, ModelSettings, Settings, source_folder
+from tinkercloud.base_models import hub_refusal, source_folder
+from tinkercloud.config import Settings
+from tinkercloud.model_settings import ModelSettings
+from tinkercloud.units import MIB
 
 HUB_SECONDS = 10.0
 """How long the hub may take to say whether it has a model."""

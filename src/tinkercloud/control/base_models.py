@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from tinkercloud.base_models import ModelError
-from tinkercloud.config import ModelSettings, Settings, sentences
+from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.base_weights import MadeOnBase, fits, other_weights
 from tinkercloud.control.conductor import Conductor, Unfinished
@@ -25,6 +25,8 @@ from tinkercloud.engine.base_model import BaseModelInfo
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import ModelRecord, SamplerRecord
+from tinkercloud.model_settings import ModelSettings
+from tinkercloud.setting_errors import sentences
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +178,7 @@ class BaseModels:
             except ModelError as error:
                 _warn_of_added(name, str(error))
             except ValidationError as error:
-                _warn_of_added(name, sentences(error))
+                _warn_of_added(name, sentences(error, ModelSettings))
             else:
                 log.info("base model %s (%s) is served again: `models add` has added it", name, model.source)
                 await self.serve(model)

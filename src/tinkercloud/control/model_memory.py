@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from tinkercloud.config import ModelSettings
 from tinkercloud.engine.base_model import BaseModelInfo
+from tinkercloud.model_settings import ModelSettings
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from tinkercloud.config import Settings, is_loopback
+from tinkercloud.addresses import is_loopback
+from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.billing import Billing
