@@ -1,8 +1,8 @@
 """Every setting of the server: its default, its unit and what it means.
 
 A value comes from the command line, else from a `TINKERCLOUD_*` variable, else from the TOML file that `--config` (or
-`TINKERCLOUD_CONFIG`) names, else from here. What may differ between base models is in `model_settings.py`; `docs/configuration.md` is made
-from both.
+`TINKERCLOUD_CONFIG`) names, else from here. What may differ between base models is in `model_settings.py`.
+`docs/configuration.md` is made from both.
 """
 
 from __future__ import annotations
