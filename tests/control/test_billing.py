@@ -31,7 +31,7 @@ def test_tokens_checkpoints_and_storage_are_counted_and_priced(shared):
         assert whole == [pytest.approx(saved[1].size_bytes / GIGABYTE)] * len(whole) and len(whole) >= 2
         for event in storage:
             assert event.cost == pytest.approx(event.quantity * 5e6 / HOURS_PER_MONTH)
-        lives = [life for life in await service._ledger.lives(OWNER, start, later) if life.removed_at]
+        lives = [life for life in await service._ledger.accounts.lives(OWNER, start, later) if life.removed_at]
         gone = [life for life in lives if life.session_id == client.session.session_id]
         assert [life.created_at for life in gone] == [saved[0].created_at, saved[2].created_at]
         total = saved[1].size_bytes * (later - saved[1].created_at)

@@ -28,7 +28,7 @@ def test_batches_prompts_and_samples_count_for_their_owner(shared):
         now = time.time()
         used = [
             usage
-            for usage in await service._ledger.usage(now - 7200, now, OWNER)
+            for usage in await service._ledger.accounts.usage(now - 7200, now, OWNER)
             if usage.session_id == client.session.session_id
         ]
         sums = {}

@@ -223,7 +223,7 @@ def test_downtime_is_no_silence(serving, run, tmp_path):
             stopped = time.time() - down
             for client, heard_of in ((alive, stopped - 10), (silent, stopped - retention)):
                 await service._ledger.change(SessionRecord, client.session.session_id, last_heartbeat=heard_of)
-                service._ledger._touches.sessions.clear()
+                service._ledger._deferred._touches.sessions.clear()
         os.utime(tmp_path / "data" / "ledger.lock", (stopped, stopped))
         async with serving(session_retention_seconds=retention) as service:
             for _ in range(2):

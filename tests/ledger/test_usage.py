@@ -29,13 +29,14 @@ async def test_an_operation_counts_once_in_its_owners_hour(ledger: Ledger, clock
     await ledger.complete(failed.request_id, b"", failed=True, tokens={}, of=run)
 
     trained = Usage("alice", FIRST, "session-1", MODEL, "train", "base", 15)
-    assert await ledger.usage(FIRST, FIRST + HOUR, "alice") == [trained]
-    of_all = await ledger.usage(FIRST, FIRST + 2 * HOUR)
+    assert await ledger.accounts.usage(FIRST, FIRST + HOUR, "alice") == [trained]
+    of_all = await ledger.accounts.usage(FIRST, FIRST + 2 * HOUR)
     assert {(u.owner, u.hour - FIRST, u.model_id, u.kind, u.base_model): u.tokens for u in of_all} == {
         ("alice", 0, MODEL, "train", "base"): 15,
         ("bob", 0, "s", "prefill", "other"): 7,
         ("bob", 0, "s", "sample", "other"): 3,
         ("alice", HOUR, MODEL, "train", "base"): 1,
     }
-    assert await ledger.usage(FIRST + 2 * HOUR, FIRST + 9 * HOUR) == []
-    assert [await ledger.tokens_since(start, "alice") for start in (FIRST, FIRST + 1, FIRST + HOUR + 1)] == [16, 1, 0]
+    assert await ledger.accounts.usage(FIRST + 2 * HOUR, FIRST + 9 * HOUR) == []
+    begun = (FIRST, FIRST + 1, FIRST + HOUR + 1)
+    assert [await ledger.accounts.tokens_since(start, "alice") for start in begun] == [16, 1, 0]

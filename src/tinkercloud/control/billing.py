@@ -67,9 +67,9 @@ class Billing:
     async def usage(self, owner: str, start: float, end: float, now: float) -> list[UsageEvent]:
         """The events of the hours that begin in [start, end), by hour, those of most tokens first."""
         quantities: defaultdict[tuple[int, EventKind, str | None, str], float] = defaultdict(float)
-        for used in await self._ledger.usage(start, end, owner):
+        for used in await self._ledger.accounts.usage(start, end, owner):
             quantities[used.hour, used.kind, used.session_id, used.base_model] += used.tokens
-        for life in await self._ledger.lives(owner, start, end):
+        for life in await self._ledger.accounts.lives(owner, start, end):
             if start <= life.created_at < end:
                 quantities[_hour(life.created_at), "checkpoint", life.session_id, life.base_model] += 1
             for hour, seconds in _hours(life, start, min(end, now)):
@@ -87,7 +87,7 @@ class Billing:
     async def stored(self, owner: str, project_id: str | None, now: float) -> list[StorageUse]:
         """What is stored now, by project, or in one project."""
         by_project: defaultdict[str | None, list[int]] = defaultdict(list)
-        for life in await self._ledger.lives(owner, now, now):
+        for life in await self._ledger.accounts.lives(owner, now, now):
             if life.removed_at is None and project_id in (None, life.project_id):
                 by_project[life.project_id].append(life.size_bytes)
         return [

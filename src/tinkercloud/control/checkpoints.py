@@ -75,7 +75,7 @@ class Checkpoints:
 
     async def list(self, owner: str, limit: int, offset: int) -> tuple[list[CheckpointRecord], int]:
         """(a page of the owner's checkpoints, newest first; how many there are)."""
-        return await self._ledger.valid_checkpoints(owner, limit, offset)
+        return await self._ledger.searches.valid_checkpoints(owner, limit, offset)
 
     def folder(self, checkpoint: CheckpointRecord) -> Path:
         """Where its files are."""

@@ -52,7 +52,7 @@ class Quotas:
             yield
             return
         async with self._making[key.owner]:  # so that two at once are not both the last one
-            alive = await self._ledger.live_models(key.owner)
+            alive = await self._ledger.accounts.live_models(key.owner)
             if alive >= key.max_models and await self._ledger.get(ModelRecord, model_id) is None:
                 raise Overloaded(
                     f"user {key.owner} has {alive} training runs in live sessions, and key {key.hint}… allows "
@@ -92,7 +92,8 @@ class Quotas:
         day = now // DAY_SECONDS * DAY_SECONDS
         known = self._used.get(owner)
         if known is None or known.day != day or now - known.read_at > KNOWN_SECONDS:
-            tokens = await self._ledger.tokens_since(day, owner) + await self._ledger.pending_tokens(owner)
+            accounts = self._ledger.accounts
+            tokens = await accounts.tokens_since(day, owner) + await accounts.pending_tokens(owner)
             known = self._used[owner] = _Used(tokens, day, now)
         return known
 
@@ -104,7 +105,7 @@ def storage_limit(key: KeyRecord | None) -> StorageLimit | None:
 
 async def beyond_storage(ledger: Ledger, owner: str, limit: StorageLimit, now: float) -> str | None:
     """Why an owner may save nothing more; None if it may."""
-    stored, frees_at = await ledger.stored_bytes(owner, now)
+    stored, frees_at = await ledger.accounts.stored_bytes(owner, now)
     if stored < limit.max_bytes:
         return None
     until = "" if frees_at is None else f"; the next one expires at {_utc(frees_at)}"

@@ -149,13 +149,13 @@ class TrainingRuns:
     ) -> tuple[list[ModelRecord], int]:
         """(a page of training runs, of one project or of all, newest first; how many there are)."""
         if project_id is not None:
-            return await self._ledger.runs_of_project(owner, project_id, limit, offset)
+            return await self._ledger.searches.runs_of_project(owner, project_id, limit, offset)
         models = await self._ledger.find(ModelRecord, owner=owner, limit=limit, offset=offset)
         return models, await self._ledger.count(ModelRecord, owner=owner)
 
     async def accessible(self, model_id: str, access: Access) -> ModelRecord:
         """As `find`, also one of somebody else that the caller may look at."""
-        found, _ = await self._ledger.accessible_runs(access, 1, 0, model_id=model_id)
+        found, _ = await self._ledger.searches.accessible_runs(access, 1, 0, model_id=model_id)
         return found[0] if found else await self.find(model_id, access.owner)
 
     async def list_accessible(
@@ -163,7 +163,7 @@ class TrainingRuns:
     ) -> tuple[list[ModelRecord], int]:
         """As `list`, with those of others that the caller may look at."""
         fields = {} if project_id is None else {"project_id": project_id}
-        return await self._ledger.accessible_runs(access, limit, offset, **fields)
+        return await self._ledger.searches.accessible_runs(access, limit, offset, **fields)
 
     # ------------------------------------------------------------ operations
 

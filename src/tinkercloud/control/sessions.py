@@ -114,7 +114,7 @@ class Sessions:
 
     async def list_accessible(self, access: Access, limit: int, offset: int) -> list[SessionRecord]:
         """As `list`, with those of others in the project that the caller's key is for."""
-        return await self._ledger.accessible_sessions(access, limit, offset)
+        return await self._ledger.searches.accessible_sessions(access, limit, offset)
 
     async def list(self, owner: str, limit: int, offset: int) -> list[SessionRecord]:
         """A page of the owner's sessions, newest first."""
@@ -132,8 +132,8 @@ class Sessions:
         last = behind and await self._ledger.get(SessionRecord, behind[1])
         if last is not None and access.includes(last.owner, last.project_id):
             behind = last.created_at, last.session_id  # the client's time has microseconds only
-        found = await self._ledger.find_sessions(access, query.matches, query.limit, behind)
-        saved = await self._ledger.holdings([session.session_id for session in found])
+        found = await self._ledger.searches.sessions(access, query.matches, query.limit, behind)
+        saved = await self._ledger.searches.holdings([session.session_id for session in found])
         return [(session, saved.get(session.session_id, Holdings(0, 0))) for session in found]
 
     async def trace(self, session_id: str, owner: str) -> bytes:

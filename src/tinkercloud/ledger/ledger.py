@@ -6,33 +6,22 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from msgspec.structs import replace
 from sqlalchemy import Connection, Engine
 
 from tinkercloud.codec import encode
 from tinkercloud.engine.results import Failure
-from tinkercloud.ledger import (
-    audit,
-    catalog,
-    database,
-    entries,
-    keys,
-    retention,
-    search,
-    segments,
-    stored,
-    timeline,
-    usage,
-)
+from tinkercloud.ledger import audit, catalog, database, entries, keys, retention, segments, timeline, usage
+from tinkercloud.ledger.accounts import Accounts
+from tinkercloud.ledger.catalog import R
+from tinkercloud.ledger.deferred import Deferred
 from tinkercloud.ledger.files import make_private
 from tinkercloud.ledger.lock import DataDirLock
 from tinkercloud.ledger.order import GAP_TIMEOUT, ModelLog
+from tinkercloud.ledger.readers import READERS, Readers
 from tinkercloud.ledger.recent import Recent
 from tinkercloud.ledger.records import (
     AuditRecord,
@@ -42,24 +31,15 @@ from tinkercloud.ledger.records import (
     KeyRecord,
     ModelRecord,
     SamplerRecord,
-    SessionRecord,
     SnapshotRecord,
-    Usage,
     UsageKind,
 )
+from tinkercloud.ledger.search import Searches
 from tinkercloud.ledger.writer import Writer
-
-READERS = 4
-"""Threads that read."""
 
 FLUSH_SECONDS = 10.0
 """How long heartbeats, last uses and retrievals may wait in memory before they are written together."""
 
-MAX_UNFLUSHED = 10_000
-"""How many retrievals may wait."""
-
-R = TypeVar("R", bound=CatalogRecord)
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -110,14 +90,17 @@ class Ledger:
         self._result_retention = result_retention
         self._unretrieved_retention = unretrieved_retention
         self._clock = clock
-        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ledger-reader")
+        self._readers = Readers(reading)
         self._recent = Recent()
         self.doubts = 0
         """How many commits failed that may have reached the disk: what was to be appended, and was refused for that,
         may be there."""
         self._writer = Writer(writing, segment_writer, count(last_completion + 1), self._doubt)
-        self._touches = catalog.Touches({}, {})
-        self._retrieved: dict[str, float] = {}
+        self._deferred = Deferred(self._writer, self._recent)
+        self.searches = Searches(self._readers, self._deferred, clock)
+        """Of what somebody may look at."""
+        self.accounts = Accounts(self._readers)
+        """Of owners: what they have used, and what they store."""
         self._flusher = asyncio.create_task(self._flush_regularly(), name="ledger-flusher")
 
     async def close(self) -> None:
@@ -125,10 +108,10 @@ class Ledger:
         self._flusher.cancel()
         self._lock.alive()
         try:
-            await self._flush()
+            await self._deferred.flush()
         finally:
             await self._writer.close()
-            await asyncio.to_thread(self._readers.shutdown)
+            await self._readers.close()
             for engine in self._engines:
                 engine.dispose()
             self._segments.close()
@@ -160,7 +143,7 @@ class Ledger:
             payload, drafted = payload(seq_id)
             details = (details or {}) | drafted
         new = entries.NewEntry(stream, seq_id, kind, payload, num_tokens, now, details or {}, outcome, expires_at)
-        self._touches.models[stream] = now
+        self._deferred.used(stream, now)
 
         def then(entry: Entry) -> None:
             self._recent.appended(entry, payload(entry.seq_id)[0] if callable(payload) else payload)
@@ -201,7 +184,7 @@ class Ledger:
             cleared_gradients=cleared_gradients,
             build=build,
             also=tuple(also),
-            spent=_spent(tokens, of, now),
+            spent=usage.spent(tokens, of, now) if tokens and of else (),
             times=times,
         )
 
@@ -223,7 +206,7 @@ class Ledger:
         return kept
 
     async def entry(self, request_id: str) -> Entry | None:
-        return self._recent.entries.get(request_id) or await self._read(entries.find, request_id)
+        return self._recent.entries.get(request_id) or await self._readers.read(entries.find, request_id)
 
     async def payload(self, request_id: str) -> bytes:
         """KeyError if there is no such operation or its payload has expired."""
@@ -238,68 +221,73 @@ class Ledger:
 
     async def pending(self, stream: str) -> list[Entry]:
         """Accepted and not ended, by seq_id."""
-        return await self._read(entries.pending, stream)
+        return await self._readers.read(entries.pending, stream)
 
     async def pending_streams(self) -> list[str]:
         """The models and samplers in whose logs something has not ended."""
-        return await self._read(entries.pending_streams)
+        return await self._readers.read(entries.pending_streams)
 
     async def history(self, stream: str, after_seq: int) -> list[Entry]:
         """Ended and refused operations behind `after_seq`, by seq_id: what a replay runs through."""
-        return await self._read(entries.history, stream, after_seq)
+        return await self._readers.read(entries.history, stream, after_seq)
 
     async def replayable(self, kind: str, model_id: str | None = None) -> list[Entry]:
         """The operations of a kind, of one model or of all, that a replay may run, now or after their end."""
-        return await self._read(entries.replayable, kind, model_id)
+        return await self._readers.read(entries.replayable, kind, model_id)
 
     async def completions(self, stream: str, client: int, after: int) -> list[Entry]:
         """A sampler's ended operations of one client (seq_id // 10**9), behind the completion `after`, in order."""
-        return await self._read(entries.completions, stream, client, after)
+        return await self._readers.read(entries.completions, stream, client, after)
 
     async def highest_seq(self, stream: str) -> int:
         """-1 for an empty log."""
-        return await self._read(entries.highest_seq, stream)
+        return await self._readers.read(entries.highest_seq, stream)
 
     async def last_arrival(self, stream: str) -> float | None:
         """When the newest operation of a log arrived; None for an empty one."""
-        return await self._read(entries.last_arrival, stream)
+        return await self._readers.read(entries.last_arrival, stream)
 
     async def model_log(self, model_id: str, gap_timeout: float = GAP_TIMEOUT) -> ModelLog:
         """The order of a model's operations as it stands, with all that waits since now (`time.monotonic`).
 
         KeyError if there is no such model.
         """
-        return await self._read(_model_log, model_id, gap_timeout)
+        return await self._readers.read(_model_log, model_id, gap_timeout)
+
+    async def timeline(self, session_id: str) -> list[timeline.Moment]:
+        """The operations of a session's training runs and samplers, in the order in which they came."""
+        return await self._readers.read(timeline.timeline, session_id)
 
     # ------------------------------------------------------------ sessions, models, samplers, checkpoints, snapshots
 
     async def insert(self, record: R) -> R:
         """The stored record: this one, or the one that was first under its key."""
         stored = await self._change(catalog.insert, record, type(record), catalog.key_of(record))
-        return self._fresh(stored)
+        return self._deferred.fresh(stored)
 
     async def get(self, kind: type[R], *key: Any) -> R | None:
         """By key: session_id, model_id, sampler_id, a checkpoint's path, a snapshot's model_id and seq_id."""
         known = self._recent.record(kind, key)
         if known is not None:
-            return self._fresh(known[0])
+            return self._deferred.fresh(known[0])
         version = self._recent.version
-        record = await self._read(catalog.get, kind, key)
+        record = await self._readers.read(catalog.get, kind, key)
         self._recent.read(kind, key, record, version)
-        return self._fresh(record)
+        return self._deferred.fresh(record)
 
     async def find(self, kind: type[R], *, limit: int | None = None, offset: int = 0, **fields: Any) -> list[R]:
         """The records that have these values, newest first."""
-        return [self._fresh(record) for record in await self._read(catalog.find, kind, fields, limit, offset)]
+        found = await self._readers.read(catalog.find, kind, fields, limit, offset)
+        return [self._deferred.fresh(record) for record in found]
 
     async def count(self, kind: type[CatalogRecord], **fields: Any) -> int:
-        return await self._read(catalog.count, kind, fields)
+        return await self._readers.read(catalog.count, kind, fields)
 
     async def change(self, kind: type[R], *key: Any, only: Mapping[str, Any] | None = None, **values: Any) -> R | None:
         """The record with new values; None if there is none. With `only` it is changed if its fields have these values,
         and returned as it is. ValueError for a field that never changes."""
         change = catalog.Change(kind, key, values, dict(only or {}))
-        return self._fresh(await self._change(catalog.change, change, kind, key))
+        return self._deferred.fresh(await self._change(catalog.change, change, kind, key))
 
     async def remove(self, kind: type[R], *key: Any) -> R | None:
         """The record that was there."""
@@ -331,7 +319,7 @@ class Ledger:
 
     async def keys(self) -> list[KeyRecord]:
         """Every key that there ever was, oldest first."""
-        return await self._read(keys.find_all)
+        return await self._readers.read(keys.find_all)
 
     async def revoke_key(self, key_id: int) -> bool:
         """Revoke a key for good; whether it was still valid."""
@@ -343,83 +331,13 @@ class Ledger:
 
     async def events(self, start: float, end: float) -> list[AuditRecord]:
         """The audit log of [start, end), oldest first."""
-        return await self._read(audit.find, start, end)
-
-    # ------------------------------------------------------------ searches
-
-    async def find_sessions(
-        self,
-        access: search.Access,
-        wanted: Callable[[SessionRecord], bool],
-        limit: int,
-        behind: search.Place | None = None,
-    ) -> list[SessionRecord]:
-        """Up to `limit` sessions that somebody may look at and that are wanted, newest first, behind a place in that
-        order."""
-        return await self._read(search.find_sessions, access, wanted, limit, behind)
-
-    async def valid_checkpoints(self, owner: str, limit: int, offset: int) -> tuple[list[CheckpointRecord], int]:
-        """(a page of an owner's checkpoints whose time is not over, newest first; how many there are)."""
-        return await self._read(search.valid_checkpoints, owner, self._clock(), limit, offset)
-
-    async def holdings(self, session_ids: Sequence[str]) -> dict[str, search.Holdings]:
-        """What is saved of each of these sessions; those without a checkpoint are left out."""
-        return await self._read(search.holdings, session_ids)
-
-    async def runs_of_project(
-        self, owner: str, project_id: str, limit: int, offset: int
-    ) -> tuple[list[ModelRecord], int]:
-        """(a page of the owner's training runs in a project, newest first; how many there are)."""
-        found, total = await self._read(search.runs_of_project, owner, project_id, limit, offset)
-        return [self._fresh(run) for run in found], total
-
-    async def accessible_runs(
-        self, access: search.Access, limit: int, offset: int, **fields: str
-    ) -> tuple[list[ModelRecord], int]:
-        """(a page of the training runs that somebody may look at, newest first; how many there are)."""
-        found, total = await self._read(partial(search.accessible_runs, **fields), access, self._clock(), limit, offset)
-        return [self._fresh(run) for run in found], total
-
-    async def accessible_sessions(self, access: search.Access, limit: int, offset: int) -> list[SessionRecord]:
-        """A page of the sessions that somebody may look at, newest first."""
-        found = await self._read(search.accessible_sessions, access, limit, offset)
-        return [self._fresh(session) for session in found]
-
-    async def timeline(self, session_id: str) -> list[timeline.Moment]:
-        """The operations of a session's training runs and samplers, in the order in which they came."""
-        return await self._read(timeline.timeline, session_id)
-
-    # ------------------------------------------------------------ usage
-
-    async def usage(self, start: float, end: float, owner: str | None = None) -> list[Usage]:
-        """What was computed in the hours that begin in [start, end), for one owner or for all, oldest first."""
-        return await self._read(usage.find, owner, start, end)
-
-    async def lives(self, owner: str, start: float, end: float) -> list[stored.Life]:
-        """The checkpoints of an owner that were stored at some time in [start, end)."""
-        return await self._read(stored.lives, owner, start, end)
-
-    async def tokens_since(self, start: float, owner: str) -> int:
-        """All tokens that were computed for an owner in the hours that begin at `start` or later."""
-        return await self._read(usage.total, owner, start)
-
-    async def pending_tokens(self, owner: str) -> int:
-        """Tokens of an owner's operations that were accepted and have not ended; of samples, those of the prompts."""
-        return await self._read(usage.pending_tokens, owner)
-
-    async def live_models(self, owner: str) -> int:
-        """How many training runs of an owner have not ended, in sessions that are alive."""
-        return await self._read(usage.live_models, owner)
-
-    async def stored_bytes(self, owner: str, now: float) -> tuple[int, float | None]:
-        """(bytes of an owner's checkpoints; when the next of them expires)."""
-        return await self._read(usage.stored_bytes, owner, now)
+        return await self._readers.read(audit.find, start, end)
 
     # ------------------------------------------------------------ what may wait a little for the disk
 
     def heartbeat(self, session_id: str) -> None:
         """The session is alive now. Readers see it at once, the disk within `FLUSH_SECONDS`."""
-        self._touches.sessions[session_id] = self._clock()
+        self._deferred.heard_of(session_id, self._clock())
 
     async def forgive(self, seconds: float) -> None:
         """No session could be heard of for so long: it does not count as silence. Only before sessions are used."""
@@ -429,14 +347,11 @@ class Ledger:
         """Its outcome was sent: the retention time begins. With `acknowledged` the client says that it has it, and it
         may go soon."""
         retention_time = retention.ACKNOWLEDGED_RETENTION if acknowledged else self._result_retention
-        expires_at = self._clock() + retention_time
-        self._retrieved[request_id] = min(expires_at, self._retrieved.get(request_id, expires_at))
-        if len(self._retrieved) >= MAX_UNFLUSHED:
-            await self._flush()
+        await self._deferred.retrieved(request_id, self._clock() + retention_time)
 
     async def expire(self, now: float | None = None) -> int:
         """Drop what is past its retention: how many entries lost payload and outcome."""
-        await self._flush()
+        await self._deferred.flush()
         now = self._clock() if now is None else now
         expired = 0
         while gone := await self._writer.write(retention.expire, now, then=self._recent.expired):
@@ -448,30 +363,12 @@ class Ledger:
             await self._writer.write(retention.forget_segments, empty)
         return expired
 
-    async def _flush(self) -> None:
-        touches = catalog.Touches(dict(self._touches.sessions), dict(self._touches.models))
-        retrieved = dict(self._retrieved)
-
-        def then(_: None) -> None:
-            _forget(self._touches.sessions, touches.sessions)
-            _forget(self._touches.models, touches.models)
-            for kind, times in ((SessionRecord, touches.sessions), (ModelRecord, touches.models)):
-                for key in times:
-                    self._recent.changed(kind, (key,))
-
-        if any(touches):
-            await self._writer.write(catalog.touch, touches, then=then)
-        if retrieved:
-            await self._writer.write(
-                retention.mark_retrieved, retrieved, then=lambda _: _forget(self._retrieved, retrieved)
-            )
-
     async def _flush_regularly(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
             self._lock.alive()
             try:
-                await self._flush()
+                await self._deferred.flush()
             except Exception:
                 log.exception("heartbeats and retrievals could not be recorded; they wait for the next round")
 
@@ -481,19 +378,12 @@ class Ledger:
         self.doubts += 1
         self._recent.forget()
 
-    async def _read(self, function: Callable[..., T], *arguments: Any) -> T:
-        def run() -> T:
-            with database.answering(), self._engines[0].connect() as connection:
-                return function(connection, *arguments)
-
-        return await asyncio.get_running_loop().run_in_executor(self._readers, run)
-
     async def _load(self, request_id: str, part: str) -> bytes | None:
         found = self._recent.blobs.get((request_id, part))
         if found is not None:
             return found
         try:
-            return await self._read(entries.load, self._segments.folder, request_id, part)
+            return await self._readers.read(entries.load, self._segments.folder, request_id, part)
         except segments.Corrupt:
             # It may have expired, and its file gone, between the look into SQL and the one into the file.
             entry = await self.entry(request_id)
@@ -504,33 +394,6 @@ class Ledger:
     async def _change(self, function: Callable[..., Any], argument: Any, kind: type, key: tuple[Any, ...]) -> Any:
         """Write something that changes this record."""
         return await self._writer.write(function, argument, then=lambda _: self._recent.changed(kind, key))
-
-    def _fresh(self, record: R) -> R:
-        """The record with the heartbeat or last use that is not on disk yet."""
-        if isinstance(record, SessionRecord) and record.session_id in self._touches.sessions:
-            return replace(record, last_heartbeat=self._touches.sessions[record.session_id])
-        if isinstance(record, ModelRecord) and record.model_id in self._touches.models:
-            return replace(record, last_request_at=self._touches.models[record.model_id])
-        return record
-
-
-def _spent(
-    tokens: Mapping[UsageKind, int] | None, of: ModelRecord | SamplerRecord | None, now: float
-) -> tuple[Usage, ...]:
-    if not tokens or of is None:
-        return ()
-    stream = of.model_id if isinstance(of, ModelRecord) else of.sampler_id
-    hour = int(now // usage.HOUR_SECONDS * usage.HOUR_SECONDS)
-    return tuple(
-        Usage(of.owner, hour, of.session_id, stream, kind, of.base_model, number) for kind, number in tokens.items()
-    )
-
-
-def _forget(times: dict[str, float], written: dict[str, float]) -> None:
-    """Drop the times that are on disk; one that has changed since stays."""
-    for key, time_written in written.items():
-        if times.get(key) == time_written:
-            del times[key]
 
 
 def _open(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, and_, exists, func, or_, select
 
 from tinkercloud.ledger.catalog import record_of
+from tinkercloud.ledger.deferred import Deferred
+from tinkercloud.ledger.readers import Readers
 from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SessionRecord
 from tinkercloud.ledger.schema import checkpoints, models, sessions
 
@@ -37,14 +40,58 @@ class Holdings(NamedTuple):
     bytes: int
 
 
-def find_sessions(
+class Searches:
+    """Finds what somebody may look at; only reads."""
+
+    def __init__(self, readers: Readers, deferred: Deferred, clock: Callable[[], float]) -> None:
+        self._readers = readers
+        self._deferred = deferred
+        self._clock = clock
+
+    async def sessions(
+        self, access: Access, wanted: Callable[[SessionRecord], bool], limit: int, behind: Place | None = None
+    ) -> list[SessionRecord]:
+        """Up to `limit` sessions that somebody may look at and that are wanted, newest first, behind a place in that
+        order."""
+        return await self._readers.read(_find_sessions, access, wanted, limit, behind)
+
+    async def valid_checkpoints(self, owner: str, limit: int, offset: int) -> tuple[list[CheckpointRecord], int]:
+        """(a page of an owner's checkpoints whose time is not over, newest first; how many there are)."""
+        return await self._readers.read(_valid_checkpoints, owner, self._clock(), limit, offset)
+
+    async def holdings(self, session_ids: Sequence[str]) -> dict[str, Holdings]:
+        """What is saved of each of these sessions; those without a checkpoint are left out."""
+        return await self._readers.read(_holdings, session_ids)
+
+    async def runs_of_project(
+        self, owner: str, project_id: str, limit: int, offset: int
+    ) -> tuple[list[ModelRecord], int]:
+        """(a page of the owner's training runs in a project, newest first; how many there are)."""
+        found, total = await self._readers.read(_runs_of_project, owner, project_id, limit, offset)
+        return [self._deferred.fresh(run) for run in found], total
+
+    async def accessible_runs(
+        self, access: Access, limit: int, offset: int, **fields: str
+    ) -> tuple[list[ModelRecord], int]:
+        """(a page of training runs, newest first; how many there are): the owner's, those in the project, and those of
+        which a checkpoint is published. `fields`: the project_id or model_id that they have."""
+        read = partial(_accessible_runs, **fields)
+        found, total = await self._readers.read(read, access, self._clock(), limit, offset)
+        return [self._deferred.fresh(run) for run in found], total
+
+    async def accessible_sessions(self, access: Access, limit: int, offset: int) -> list[SessionRecord]:
+        """A page of sessions, newest first: the owner's, and those in the project."""
+        found = await self._readers.read(_accessible_sessions, access, limit, offset)
+        return [self._deferred.fresh(session) for session in found]
+
+
+def _find_sessions(
     connection: Connection,
     access: Access,
     wanted: Callable[[SessionRecord], bool],
     limit: int,
     behind: Place | None,
 ) -> list[SessionRecord]:
-    """Up to `limit` sessions that somebody may look at and that are wanted, newest first, from behind `behind` on."""
     found: list[SessionRecord] = []
     while True:
         where = _may_see(access)
@@ -60,8 +107,7 @@ def find_sessions(
         behind = batch[-1].created_at, batch[-1].session_id
 
 
-def holdings(connection: Connection, session_ids: Sequence[str]) -> dict[str, Holdings]:
-    """What is saved of each of these sessions; those without a checkpoint are left out."""
+def _holdings(connection: Connection, session_ids: Sequence[str]) -> dict[str, Holdings]:
     query = (
         select(models.c.session_id, func.count(), func.sum(checkpoints.c.size_bytes))
         .join_from(checkpoints, models, checkpoints.c.model_id == models.c.model_id)
@@ -71,19 +117,16 @@ def holdings(connection: Connection, session_ids: Sequence[str]) -> dict[str, Ho
     return {session_id: Holdings(count, int(size)) for session_id, count, size in connection.execute(query)}
 
 
-def runs_of_project(
+def _runs_of_project(
     connection: Connection, owner: str, project_id: str, limit: int, offset: int
 ) -> tuple[list[ModelRecord], int]:
-    """(a page of the owner's training runs in a project, newest first; how many there are)."""
     where = and_(models.c.owner == owner, sessions.c.project_id == project_id)
     return _page_of_runs(connection, where, limit, offset)
 
 
-def accessible_runs(
+def _accessible_runs(
     connection: Connection, access: Access, now: float, limit: int, offset: int, **fields: str
 ) -> tuple[list[ModelRecord], int]:
-    """(a page of training runs, newest first; how many there are): the owner's, those in the project, and those of
-    which a checkpoint is published. `fields`: the project_id or model_id that they have."""
     published = exists().where(
         checkpoints.c.model_id == models.c.model_id,
         checkpoints.c.public,
@@ -109,8 +152,7 @@ def _page_of_runs(
     return found, connection.scalar(select(func.count()).select_from(joined).where(where)) or 0
 
 
-def accessible_sessions(connection: Connection, access: Access, limit: int, offset: int) -> list[SessionRecord]:
-    """A page of sessions, newest first: the owner's, and those in the project."""
+def _accessible_sessions(connection: Connection, access: Access, limit: int, offset: int) -> list[SessionRecord]:
     query = (
         select(sessions).where(_may_see(access)).order_by(sessions.c.created_at.desc(), sessions.c.session_id.desc())
     )
@@ -123,10 +165,9 @@ def _may_see(access: Access) -> ColumnElement[bool]:
     return or_(sessions.c.owner == access.owner, sessions.c.project_id == access.project_id)
 
 
-def valid_checkpoints(
+def _valid_checkpoints(
     connection: Connection, owner: str, now: float, limit: int, offset: int
 ) -> tuple[list[CheckpointRecord], int]:
-    """(a page of an owner's checkpoints whose time is not over, newest first; how many there are)."""
     where = and_(checkpoints.c.owner == owner, or_(checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > now))
     query = select(checkpoints).where(where).order_by(checkpoints.c.created_at.desc(), checkpoints.c.path.desc())
     rows = connection.execute(query.limit(limit).offset(offset))

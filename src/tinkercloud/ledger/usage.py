@@ -1,4 +1,4 @@
-"""What was computed for whom: tokens by owner, session, training run or sampler, kind and hour; and what owners have.
+"""What was computed for whom: tokens by owner, session, training run or sampler, kind and hour.
 
 Written in the transaction that records an operation's end, so an operation counts once, whatever crashes.
 """
@@ -6,13 +6,13 @@ Written in the transaction that records an operation's end, so an operation coun
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from msgspec.structs import asdict, replace
-from sqlalchemy import Connection, and_, bindparam, func, insert, or_, select, union_all, update
+from sqlalchemy import Connection, and_, bindparam, func, insert, select, update
 
-from tinkercloud.ledger.records import Usage
-from tinkercloud.ledger.schema import IS_ACCEPTED, checkpoints, entries, models, samplers, sessions, usage
+from tinkercloud.ledger.records import ModelRecord, SamplerRecord, Usage, UsageKind
+from tinkercloud.ledger.schema import usage
 
 HOUR_SECONDS = 3600
 
@@ -25,10 +25,19 @@ _ADD = (
 )
 
 
-def add(connection: Connection, spent: Sequence[Usage]) -> None:
+def spent(tokens: Mapping[UsageKind, int], of: ModelRecord | SamplerRecord, now: float) -> tuple[Usage, ...]:
+    """Tokens that are used now, by the owner of a training run or sampler."""
+    stream = of.model_id if isinstance(of, ModelRecord) else of.sampler_id
+    hour = int(now // HOUR_SECONDS * HOUR_SECONDS)
+    return tuple(
+        Usage(of.owner, hour, of.session_id, stream, kind, of.base_model, number) for kind, number in tokens.items()
+    )
+
+
+def add(connection: Connection, used: Sequence[Usage]) -> None:
     """Add these tokens to what their hours have."""
     sums: Counter[Usage] = Counter()
-    for item in spent:
+    for item in used:
         sums[replace(item, tokens=0)] += item.tokens
     for item, tokens in sums.items():
         key = {f"its_{name}": getattr(item, name) for name in _KEY}
@@ -49,29 +58,3 @@ def total(connection: Connection, owner: str, start: float) -> int:
     """All tokens of an owner in the hours that begin at `start` or later."""
     where = and_(usage.c.owner == owner, usage.c.hour >= start)
     return int(connection.scalar(select(func.coalesce(func.sum(usage.c.tokens), 0)).where(where)) or 0)
-
-
-def pending_tokens(connection: Connection, owner: str) -> int:
-    """Tokens of an owner's operations that were accepted and have not ended; of samples, those of the prompts."""
-    streams = union_all(
-        select(models.c.model_id).where(models.c.owner == owner),
-        select(samplers.c.sampler_id).where(samplers.c.owner == owner),
-    )
-    where = and_(entries.c.stream.in_(streams), IS_ACCEPTED)
-    return int(connection.scalar(select(func.coalesce(func.sum(entries.c.num_tokens), 0)).where(where)) or 0)
-
-
-def live_models(connection: Connection, owner: str) -> int:
-    """How many training runs of an owner have not ended, in sessions that are alive."""
-    where = and_(models.c.owner == owner, models.c.state == "live", sessions.c.state == "active")
-    query = select(func.count()).select_from(models.join(sessions, sessions.c.session_id == models.c.session_id))
-    return connection.scalar(query.where(where)) or 0
-
-
-def stored_bytes(connection: Connection, owner: str, now: float) -> tuple[int, float | None]:
-    """(bytes of an owner's checkpoints; when the next of them expires)."""
-    mine = and_(checkpoints.c.owner == owner, or_(checkpoints.c.expires_at.is_(None), checkpoints.c.expires_at > now))
-    row = connection.execute(
-        select(func.coalesce(func.sum(checkpoints.c.size_bytes), 0), func.min(checkpoints.c.expires_at)).where(mine)
-    ).one()
-    return int(row[0]), row[1]
