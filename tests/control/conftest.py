@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager
 import numpy as np
 import pytest
 
+from tests import s3 as moto
 from tinkercloud.config import Settings
 from tinkercloud.control.service import Service
+from tinkercloud.control.store_owner import StoreOwner
 from tinkercloud.control.training_run import TrainingRun
 from tinkercloud.engine.operations import (
     AdamParams,
@@ -169,3 +171,38 @@ def run():
         return asyncio.run(asyncio.wait_for(coroutine_function(), timeout=120))
 
     return run_it
+
+
+@pytest.fixture(scope="package")
+def s3_server():
+    """An S3 server of this process's own; who stops it starts it again."""
+    server = moto.S3()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "s3"])
+def store_url(request, tmp_path, monkeypatch):
+    """Of a new store, once in a folder and once in S3."""
+    if request.param == "folder":
+        return f"file://{tmp_path}/store"
+    s3 = request.getfixturevalue("s3_server")
+    moto.use(monkeypatch, s3)
+    return s3.bucket()
+
+
+@pytest.fixture
+def saved_folder(tmp_path):
+    """As a save leaves it."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 100)
+    return folder
+
+
+@pytest.fixture
+def us(tmp_path):
+    """The owner of a store that is ours."""
+    (tmp_path / "us").mkdir()
+    return StoreOwner(tmp_path / "us")
