@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, OutOfPages, pages_for
 
 
-def make_cache(num_pages: int = 8) -> KVCache:
+def make_cache(num_pages: int = 8, dtype: torch.dtype = torch.float32) -> KVCache:
     layers = {0: LayerShape(2, 4, 4), 3: LayerShape(1, 4, 6)}
-    return KVCache(layers, num_pages, torch.float32, torch.device("cpu"))
+    return KVCache(layers, num_pages, dtype, torch.device("cpu"))
 
 
 def write(cache: KVCache, pages: list[int], start: int, count: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -21,8 +21,8 @@ def write(cache: KVCache, pages: list[int], start: int, count: int) -> dict[int,
     written = {}
     for layer, shape in cache.layers.items():
         written[layer] = (
-            torch.randn(count, shape.kv_heads, shape.key_dim),
-            torch.randn(count, shape.kv_heads, shape.value_dim),
+            torch.randn(count, shape.kv_heads, shape.key_dim).to(cache.dtype),
+            torch.randn(count, shape.kv_heads, shape.value_dim).to(cache.dtype),
         )
         cache.write(layer, slots, *written[layer])
     return written
@@ -63,7 +63,7 @@ def test_a_page_is_free_only_when_its_last_owner_releases_it():
 
 
 def test_a_copy_has_the_first_tokens_and_no_others():
-    cache = make_cache()
+    cache = make_cache(dtype=torch.bfloat16)
     pages = cache.allocate(1)
     written = write(cache, pages, 0, 16)
     (copy,) = cache.allocate(1)
@@ -75,7 +75,7 @@ def test_a_copy_has_the_first_tokens_and_no_others():
 
 
 def test_kept_pages_hold_their_numbers_until_others_run_out_and_the_oldest_go_first():
-    cache = make_cache(6)
+    cache = make_cache(6, torch.bfloat16)
     taken = []
     cache.on_reclaim = taken.append
     pages = cache.allocate(4)
@@ -102,11 +102,12 @@ def test_kept_pages_hold_their_numbers_until_others_run_out_and_the_oldest_go_fi
 
 
 def test_pages_are_handed_out_clean():
-    """A diverged adapter's NaN must not reach the next owner, whose attention reads whole pages."""
-    cache = make_cache(1)
+    """A diverged adapter's NaN must not reach the next owner, whose attention reads whole pages where there are no
+    kernels."""
+    cache = make_cache(1, torch.bfloat16)
     (page,) = cache.allocate(1)
-    slots = torch.tensor([page * PAGE_TOKENS])
-    cache.write(0, slots, torch.full((1, 2, 4), torch.nan), torch.full((1, 2, 4), torch.nan))
+    nan = torch.full((1, 2, 4), torch.nan, dtype=torch.bfloat16)
+    cache.write(0, torch.tensor([page * PAGE_TOKENS]), nan, nan)
     cache.release([page])
     cache.allocate(1)
     keys, values = cache.read(0, torch.tensor([[page]]))

@@ -8,7 +8,7 @@ import torch
 from tinkercloud.engine.torch.attention import Attention, PackedAttention
 from tinkercloud.engine.torch.decode_window import CacheRows
 from tinkercloud.engine.torch.in_place_attention import InPlaceAttention
-from tinkercloud.engine.torch.kv_cache import KVCache, LayerShape, pages_for
+from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, pages_for
 from tinkercloud.engine.torch.paged_attention import PagedAttention
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -40,6 +40,9 @@ def attend_paged(
         return InPlaceAttention(cache, step) if in_place else PagedAttention(cache, step, torch.device("cpu"))
 
     cache = KVCache({5: LayerShape(KV_HEADS, DIM, DIM)}, 40, dtype, torch.device("cpu"))
+    cache.has_kernels = in_place
+    if in_place:
+        _diverge(cache)
     step, parts = [], []
     for index in chosen:
         query, key, value = (part.to(dtype) for part in inputs()[index])
@@ -53,6 +56,15 @@ def attend_paged(
     attention = of(step)
     query, key, value = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
     return list(attention(5, query, key, value, scaling=0.3, **options)[0].split([rows.count for rows in step]))
+
+
+def _diverge(cache: KVCache) -> None:
+    """Let every page hold NaN, as after an adapter that has diverged: attention in place must not read them."""
+    pages = cache.allocate(cache.free)
+    slots = torch.arange(PAGE_TOKENS, (cache.num_pages + 1) * PAGE_TOKENS)
+    nan = torch.full((len(slots), KV_HEADS, DIM), torch.nan)
+    cache.write(5, slots, nan, nan)
+    cache.release(pages)
 
 
 @pytest.mark.parametrize("counts", STEPS.values(), ids=STEPS)

@@ -7,6 +7,7 @@ them of what was cached before, where a prompt was cut, who shares the step, or 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import add
 
 import numpy as np
 import torch
@@ -30,16 +31,17 @@ class InPlaceAttention:
     def __init__(self, cache: KVCache, step: Sequence[CacheRows], states: StateCache | None = None) -> None:
         """`states` are those of models with linear attention."""
         self.cache = cache
-        counts = np.array([sequence.count for sequence in step])
-        owners = np.repeat(np.arange(len(step)), counts)
-        before = np.array([sequence.start for sequence in step]) - np.cumsum(counts) + counts
-        positions = np.arange(len(owners)) + before[owners]
-        self.length = max(sequence.start + sequence.count for sequence in step)
+        starts, counts = [sequence.start for sequence in step], [sequence.count for sequence in step]
+        owners, positions = np.arange(len(step)), np.array(starts)
+        if sum(counts) > len(step):
+            before = positions - np.cumsum(counts) + counts
+            owners = np.repeat(owners, counts)
+            positions = np.arange(len(owners)) + before[owners]
+        self.length = max(map(add, starts, counts))
         """Of the longest sequence after the step."""
-        tables = np.full((len(step), pages_for(self.length)), PAD_PAGE)
-        for sequence, table in zip(step, tables, strict=True):
-            used = pages_for(sequence.start + sequence.count)
-            table[:used] = sequence.pages[:used]
+        width = pages_for(self.length)
+        padding = [PAD_PAGE] * width
+        tables = np.array([[*sequence.pages[:width], *padding[len(sequence.pages) :]] for sequence in step])
         slots = tables[owners, positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
         self.rows = StepRows(*map(torch.from_numpy, (owners, positions, slots, tables)))
         self._states = None if states is None else StepStates(states, step, torch.device("cpu"))

@@ -107,18 +107,18 @@ class KVCache:
         return sum(page in self._idle for page in pages)
 
     def allocate(self, count: int) -> list[int]:
-        """Take `count` pages of zeros, kept ones when there are no others, those first that were given back first.
-        Raises `OutOfPages` and takes none if fewer are free.
+        """Take `count` pages, kept ones when there are no others, those first that were given back first. Raises
+        `OutOfPages` and takes none if fewer are free.
 
-        Zeros, because attention reads whole pages and masks what lies past the sequence's end: masking does not remove
-        a NaN that a diverged adapter left there.
+        They are of zeros where attention reads whole pages and masks what lies past the sequence's end: masking does
+        not remove a NaN that a diverged adapter left there. The kernels read no further than a sequence has tokens.
         """
         if count > self.free:
             raise OutOfPages(f"{count} pages were asked for and {self.free} of {self.num_pages} are free")
         while len(self._empty) < count:
             self._reclaim()
         pages = [self._empty.pop() for _ in range(count)]
-        if pages:
+        if pages and not self.has_kernels:
             index = torch.tensor(pages, device=self._device)
             for memory in self._memory.values():
                 memory.index_fill_(0, index, 0)

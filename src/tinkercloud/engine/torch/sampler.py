@@ -268,11 +268,12 @@ class TorchSampler:
             attention = InPlaceAttention(self._cache, step, self._states)
         else:
             attention = PagedAttention(self._cache, step, device, self._windows, self._states)
+        lora = _lora(turns)
         hidden = self._model.hidden_states(
             torch.tensor(tokens + filling, device=device),
             torch.tensor(positions + filling, device=device),
             attention,
-            _lora(turns),
+            lora,
         )
         drawing: list[Turn] = []
         rows: list[int] = []
@@ -288,14 +289,15 @@ class TorchSampler:
         if len(rows) < len(hidden):
             hidden = hidden[torch.tensor(rows, dtype=torch.int64, device=device)]
         for begin in range(0, len(drawing), self._logit_rows):
-            end = begin + self._logit_rows
-            self._draw(drawing[begin:end], hidden[begin:end])
+            some = drawing[begin : begin + self._logit_rows]
+            is_whole_step = len(some) == len(turns) == len(tokens)
+            self._draw(some, hidden[begin : begin + self._logit_rows], lora if is_whole_step else _lora(some))
 
-    def _draw(self, turns: list[Turn], hidden: Tensor) -> None:
-        """Draw one token for each sequence from the hidden state [n, H] of its last one."""
+    def _draw(self, turns: list[Turn], hidden: Tensor, lora: LoraBatch) -> None:
+        """Draw one token for each sequence from the hidden state [n, H] of its last one; `lora` has their adapters."""
         params = [sequence.request.operation.params for sequence, _ in turns]
         uniforms = [sequence.random.random() for sequence, _ in turns]
-        logits = self._model.logits(hidden, _lora(turns))
+        logits = self._model.logits(hidden, lora)
         plain = [row for row, (sequence, _) in enumerate(turns) if sequence.request.untempered]
         untempered = logits[plain].log_softmax(-1) if plain else None  # before `draw` overwrites them
         drawn = draw(logits, params, uniforms)
