@@ -23,7 +23,7 @@ from tinkercloud.engine.operations import Sample, SamplingParams
 from tinkercloud.engine.results import Failure, SampleOutput
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.lock import DataDirLock
-from tinkercloud.ledger.records import CheckpointRecord, ModelRecord
+from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SessionRecord
 
 
 @asynccontextmanager
@@ -159,6 +159,9 @@ def test_a_crash_between_two_steps_leaves_nothing_for_long(serving, run, tmp_pat
     """Between the upload and its record, and between a record's removal and the files'. Also: fsck and backup."""
     url = f"file://{tmp_path}/store"
 
+    async def cancelled(folder):
+        raise asyncio.CancelledError
+
     async def story():
         async with serving(checkpoints_url=url) as service:
             client = await Client.create(service)
@@ -171,6 +174,11 @@ def test_a_crash_between_two_steps_leaves_nothing_for_long(serving, run, tmp_pat
             imported = await service.checkpoints.import_folder(folder, "theirs", NANO, OWNER)
             for one in (other, imported):
                 await service._ledger.remove(CheckpointRecord, one.path)
+            with monkeypatch.context() as patch:  # between the run's record and the upload, and before the checkpoint's
+                patch.setattr(service.storage, "publish", cancelled)
+                with pytest.raises(asyncio.CancelledError):
+                    await service.checkpoints.import_folder(folder, "torn", NANO, OWNER)
+            assert len(await service._ledger.without_checkpoints("import-")) == 1
         data, reading = tmp_path / "data", CheckpointStore(url)
         assert len(reading.keys()) == 5
         assert [one.what for one in problems(data, None, reading) if one.lost] == []
@@ -183,6 +191,8 @@ def test_a_crash_between_two_steps_leaves_nothing_for_long(serving, run, tmp_pat
             await settled(service._cache)
             left = {key_of(saved.folder), key_of(saved.folder).replace("/it/5", "/ahead/50")}
             assert reading.keys() == left, "what this ledger has not come to is somebody's"
+            (run_left,) = await service._ledger.find(ModelRecord, state="unloaded")
+            assert run_left.model_id == imported.model_id and await service._ledger.count(SessionRecord) == 2
             client.service = service
             assert await (await client.created_from(saved)).steps(1) == undisturbed[2:3]
         store_file = tmp_path / "store" / key_of(saved.folder) / "adapter_model.safetensors"

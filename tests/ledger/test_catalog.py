@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
+from sqlalchemy.exc import IntegrityError
 
 from tests.ledger.conftest import MODEL, Clock, OpenLedger, model_record
 from tinkercloud.engine.operations import LoraConfig
@@ -51,6 +53,23 @@ async def test_the_first_record_under_a_key_stays(ledger: Ledger) -> None:
     assert await ledger.insert(model_record("another id", owner="bob")) == first
     assert await ledger.get(ModelRecord, "another id") is None
     assert await ledger.insert(model_record("another id", model_seq_id=1)) != first
+
+
+async def test_records_are_stored_together_or_not_at_all(ledger: Ledger) -> None:
+    wrong = replace(CHECKPOINT, size_bytes=None)
+    with pytest.raises(IntegrityError):
+        await ledger.insert(model_record(), SESSION, wrong)
+    assert await ledger.get(ModelRecord, MODEL) is None and await ledger.get(SessionRecord, "session-1") is None
+    stored = await ledger.insert(model_record(), SESSION)
+    assert [run.model_id for run in await ledger.without_checkpoints(MODEL[:2])] == [MODEL]
+    assert await ledger.without_checkpoints("_" + MODEL[1:2]) == [], "the beginning of an id, not a pattern"
+    assert await ledger.insert(model_record(owner="bob"), CHECKPOINT) == stored
+    assert await ledger.get(SessionRecord, "session-1") == SESSION
+    assert await ledger.get(CheckpointRecord, CHECKPOINT.path) is None, "nor what comes with a repeat"
+    await ledger.insert(replace(CHECKPOINT, model_id=MODEL))
+    for _ in range(2):  # one that has a checkpoint, then one that had one
+        assert await ledger.without_checkpoints("") == []
+        await ledger.remove(CheckpointRecord, CHECKPOINT.path)
 
 
 async def test_what_may_change_changes_and_nothing_else(ledger: Ledger) -> None:

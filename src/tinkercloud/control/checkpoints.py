@@ -155,8 +155,12 @@ class Checkpoints:
             await asyncio.to_thread(shutil.rmtree, drafts, ignore_errors=True)
         target = checkpoint_folder(model_id, "training", name, 0, stored=stored)
         checkpoint = self._imported(model_id, name, owner, info, lora, target)
+        session = _session_of(checkpoint)
+        run = run_that_holds(checkpoint, model_id, model_id, 0, owner, checkpoint.created_at)
         try:
-            await self._insert_run(checkpoint)  # by which a start knows what a crash left of it in the store
+            if not stored:
+                return await self._ledger.insert(checkpoint, run, session)
+            await self._ledger.insert(run, session)  # by which a start knows what a crash left of it in the store
             await self._publish(checkpoint)
             return await self._ledger.insert(checkpoint)
         except Exception:  # not of a caller that was cancelled: its write may still happen
@@ -186,24 +190,6 @@ class Checkpoints:
             size_bytes=sum(file.stat().st_size for file in (self._data_dir / folder).iterdir()),
             created_at=time.time(),
             base_fingerprint=info.fingerprint,
-        )
-
-    async def _insert_run(self, checkpoint: CheckpointRecord) -> None:
-        """The training run that the import is of, in which nothing can be trained, in a session of its own."""
-        now = checkpoint.created_at
-        await self._ledger.insert(
-            SessionRecord(
-                session_id=checkpoint.model_id,
-                owner=checkpoint.owner,
-                created_at=now,
-                last_heartbeat=now,
-                state="finished",
-                display_name=f"import of {checkpoint.name}",
-                finish_reason="success",
-            )
-        )
-        await self._ledger.insert(
-            run_that_holds(checkpoint, checkpoint.model_id, checkpoint.model_id, 0, checkpoint.owner, now)
         )
 
     async def _check_loads(self, base_model: str, folder: str) -> None:
@@ -236,6 +222,19 @@ def _copy_adapter(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / file, target / file)
+
+
+def _session_of(imported: CheckpointRecord) -> SessionRecord:
+    """The session that an import's training run is in, alone."""
+    return SessionRecord(
+        session_id=imported.model_id,
+        owner=imported.owner,
+        created_at=imported.created_at,
+        last_heartbeat=imported.created_at,
+        state="finished",
+        display_name=f"import of {imported.name}",
+        finish_reason="success",
+    )
 
 
 def run_that_holds(

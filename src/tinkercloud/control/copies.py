@@ -91,18 +91,17 @@ class Copies:
             run = run_that_holds(
                 checkpoint, model_id, session.session_id, model_seq_id, session.owner, now, {COPIED_FROM: source}
             )
-            _check_same(await self._ledger.insert(run), source)
-            return await self._ledger.insert(
-                replace(
-                    checkpoint,
-                    path=path,
-                    model_id=model_id,
-                    owner=session.owner,
-                    created_at=now,
-                    expires_at=None if ttl_seconds is None else now + ttl_seconds,
-                    public=False,
-                )
+            copy = replace(
+                checkpoint,
+                path=path,
+                model_id=model_id,
+                owner=session.owner,
+                created_at=now,
+                expires_at=None if ttl_seconds is None else now + ttl_seconds,
+                public=False,
             )
+            _check_same(await self._ledger.insert(run, copy), source)
+            return await self._ledger.insert(copy)
 
 
 def _check_same(run: ModelRecord, source: str) -> None:

@@ -21,6 +21,7 @@ from tinkercloud.control.checkpoint_cache import CheckpointCache, left_over
 from tinkercloud.control.checkpoint_store import StoreUnavailable, UnusableStore, is_whole
 from tinkercloud.control.folders import (
     CACHE,
+    IMPORT_PREFIX,
     TREES,
     is_import,
     is_import_draft,
@@ -115,6 +116,14 @@ class Storage:
             log.info("%d checkpoints in the store that nothing names are removed, as a crash leaves them", len(unnamed))
         for key in unnamed:
             self._cache.discard(f"{CACHE}/{key}")
+        await self._forget_imports({key.partition("/")[0] for key in keys})
+
+    async def _forget_imports(self, stored: set[str]) -> None:
+        """Let go of imports that a crash kept from being stored, and of which nothing is left there."""
+        for run in await self._ledger.without_checkpoints(IMPORT_PREFIX):
+            if run.created_at < self._since and run_part(run.model_id) not in stored:
+                await self._ledger.remove(SessionRecord, run.session_id)
+                await self._ledger.remove(ModelRecord, run.model_id)
 
     def _ended(self, run: ModelRecord) -> int:
         """The newest seq_id of a run whose save has ended: of an import, whose only one is 0, if a server before this

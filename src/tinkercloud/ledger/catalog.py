@@ -83,9 +83,17 @@ class Change(NamedTuple):
 # ---------------------------------------------------------------- writes
 
 
-def insert(transaction: Transaction, records: list[CatalogRecord]) -> list[CatalogRecord]:
-    """The stored record of each: itself, or the one that was there first under the same key."""
-    return [_first(transaction.connection, record) or put(transaction, record) for record in records]
+def insert(transaction: Transaction, together: list[tuple[CatalogRecord, ...]]) -> list[CatalogRecord]:
+    """The stored record for the first of each: itself, or the one that was there before under the same key; then
+    nothing is stored of the others either."""
+    stored = []
+    for record, *others in together:
+        stored.append(_first(transaction.connection, record))
+        if stored[-1] is None:
+            stored[-1] = put(transaction, record)
+            for other in others:
+                put(transaction, other)
+    return stored
 
 
 def put(transaction: Transaction, record: R) -> R:

@@ -260,10 +260,15 @@ class Ledger:
 
     # ------------------------------------------------------------ sessions, models, samplers, checkpoints, snapshots
 
-    async def insert(self, record: R) -> R:
-        """The stored record: this one, or the one that was first under its key."""
-        stored = await self._change(catalog.insert, record, type(record), catalog.key_of(record))
-        return self._deferred.fresh(stored)
+    async def insert(self, record: R, *others: CatalogRecord) -> R:
+        """The stored record: this one, or the one that was first under its key. If it is this one, the `others` are
+        stored in the same transaction, each in place of one that has its key."""
+
+        def then(_: R) -> None:
+            for written in (record, *others):
+                self._recent.changed(type(written), catalog.key_of(written))
+
+        return self._deferred.fresh(await self._writer.write(catalog.insert, (record, *others), then=then))
 
     async def get(self, kind: type[R], *key: Any) -> R | None:
         """By key: session_id, model_id, sampler_id, a checkpoint's path, a snapshot's model_id and seq_id."""
@@ -282,6 +287,11 @@ class Ledger:
 
     async def count(self, kind: type[CatalogRecord], **fields: Any) -> int:
         return await self._readers.read(catalog.count, kind, fields)
+
+    async def without_checkpoints(self, prefix: str) -> list[ModelRecord]:
+        """The runs whose ids begin so and that never had a checkpoint."""
+        ids = await self._readers.read(stored.never_held, prefix)
+        return [run for model_id in ids if (run := await self.get(ModelRecord, model_id)) is not None]
 
     async def change(self, kind: type[R], *key: Any, only: Mapping[str, Any] | None = None, **values: Any) -> R | None:
         """The record with new values; None if there is none. With `only` it is changed if its fields have these values,

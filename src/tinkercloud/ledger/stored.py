@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, and_, insert, literal, null, select
+from sqlalchemy import ColumnElement, Connection, and_, exists, insert, literal, null, select
 
 from tinkercloud.ledger.schema import checkpoints, models, past_checkpoints, sessions
 
@@ -32,6 +32,13 @@ def remember(connection: Connection, where: ColumnElement[bool], now: float) -> 
     columns = (checkpoints.c[name] for name in _FIELDS)
     going = select(*columns, literal(now)).where(where)
     connection.execute(insert(past_checkpoints).from_select([*_FIELDS, "removed_at"], going))
+
+
+def never_held(connection: Connection, prefix: str) -> list[str]:
+    """The training runs whose ids begin so and that have no checkpoint, and never had one."""
+    held = [exists().where(table.c.model_id == models.c.model_id) for table in (checkpoints, past_checkpoints)]
+    where = and_(models.c.model_id.startswith(prefix, autoescape=True), *(~of_it for of_it in held))
+    return list(connection.scalars(select(models.c.model_id).where(where)))
 
 
 def lives(connection: Connection, owner: str, start: float, end: float) -> list[Life]:
