@@ -12,6 +12,7 @@ from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import Trace, TrackEvent
 from tinker import types
 
 from tests.e2e.test_first_steps import datum
+from tests.e2e.uploads import hub
 from tests.programs import run_python
 
 PROGRAM = Path(__file__).with_name("tinker_cli.py")
@@ -21,8 +22,8 @@ PROGRAM = Path(__file__).with_name("tinker_cli.py")
 def tinker_cli(server, tmp_path):
     """Runs commands; the JSON or text that each printed. One that fails is its error, as an exception in its place."""
 
-    def run(*commands: list[str]) -> list:
-        environ = {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-test"}
+    def run(*commands: list[str], **environ: str) -> list:
+        environ |= {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-test"}
         done = run_python(".venv-clients", str(PROGRAM), cwd=tmp_path, input=json.dumps(commands), **environ)
         assert done.returncode == 0, done.stdout + done.stderr
         answers = [json.loads(line) for line in done.stdout.splitlines()]
@@ -88,18 +89,26 @@ def test_what_a_session_did_is_downloaded_traced_and_counted(tinker_cli, client,
     sampler.sample(prompt, 2, types.SamplingParams(max_tokens=4, stop=[])).result()
     hour = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
     window = [(hour - timedelta(hours=1)).isoformat(), (hour + timedelta(hours=2)).isoformat()]
-    trained, external, trace, url, usage, storage, status = tinker_cli(
-        ["-f", "json", "checkpoint", "download", path],
-        ["-f", "json", "checkpoint", "download", exported],
-        ["-f", "json", "session", "export-trace", session, "-o", "it.pftrace"],
-        ["session", "export-trace", session, "--url-only"],
-        ["-f", "json", "billing", "usage", *window],
-        ["-f", "json", "billing", "checkpoint-storage"],
-        ["auth", "status"],
-    )
+    with hub() as (hub_url, committed):
+        trained, external, pushed, trace, url, usage, storage, status, _ = tinker_cli(
+            ["-f", "json", "checkpoint", "download", path],
+            ["-f", "json", "checkpoint", "download", exported],
+            ["-f", "json", "checkpoint", "push-hf", exported, "--repo", "me/it"],
+            ["-f", "json", "session", "export-trace", session, "-o", "it.pftrace"],
+            ["session", "export-trace", session, "--url-only"],
+            ["-f", "json", "billing", "usage", *window],
+            ["-f", "json", "billing", "checkpoint-storage"],
+            ["auth", "status"],
+            ["auth", "logout"],
+            HF_ENDPOINT=hub_url,
+            HF_TOKEN="hf_it",
+        )
     for done in (trained, external):
         files = sorted(file.name for file in (tmp_path / done["destination"]).iterdir())
         assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    assert pushed["repo_id"] == "me/it" and committed["README.md"].startswith(b"---\nbase_model: tinkercloud/nano\n")
+    downloaded = tmp_path / external["destination"] / "adapter_model.safetensors"
+    assert committed["adapter_model.safetensors"] == downloaded.read_bytes()
     assert "accessible: yes" in status and f"{session}.pftrace" in url
     check_trace((tmp_path / trace["destination"]).read_bytes(), run)
     mine = [event for event in usage["data"] if event["session_id"] == session]
