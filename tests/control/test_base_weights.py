@@ -1,13 +1,16 @@
 """A base model's name may stand for other weights one day: what was made on the former ones waits for them."""
 
+import asyncio
 import json
+import os
 import shutil
 
 import pytest
 
 from tests.base_weights import other_weights, tensors_of, write
 from tests.control.conftest import BATCH, NANO, OWNER, Client
-from tinkercloud.engine.fingerprint import fingerprint_of
+from tinkercloud.engine import fingerprint
+from tinkercloud.engine.fingerprint import SAMPLED_DIGITS, fingerprint_of, same_weights
 from tinkercloud.engine.operations import AdamParams, ForwardBackward, OptimStep, Sample, SamplingParams
 from tinkercloud.engine.results import Failure, LossOutput, SampleOutput
 from tinkercloud.errors import InvalidRequest
@@ -80,7 +83,7 @@ def test_a_run_waits_for_its_weights_and_goes_on_with_them(serving, run, undistu
     run(story)
 
 
-def test_what_was_made_before_weights_were_recorded_gets_those_that_it_runs_on(shared):
+def test_what_was_made_before_weights_were_recorded_gets_those_that_it_runs_on(shared, other):
     async def story(service):
         client = await Client.create(service)
         await client.steps(1)
@@ -90,9 +93,51 @@ def test_what_was_made_before_weights_were_recorded_gets_those_that_it_runs_on(s
         run.mistrust()
         await client.steps(1)
         recorded = await service._ledger.get(ModelRecord, client.model.model_id)
-        assert recorded.base_fingerprint == (await service.models.info(NANO)).fingerprint != ""
+        served = (await service.models.info(NANO)).fingerprint
+        assert recorded.base_fingerprint == served != ""
+        for former, is_same in ((served[-SAMPLED_DIGITS:], True), (fingerprint_of(other)[-SAMPLED_DIGITS:], False)):
+            await service._ledger.change(ModelRecord, client.model.model_id, base_fingerprint=former)
+            client.model = await service._ledger.get(ModelRecord, client.model.model_id)
+            assert same_weights(former, served) == is_same, "recorded when they were of samples alone"
+            if is_same:
+                await client.steps(1)
+            else:
+                with pytest.raises(InvalidRequest, match="other weights"):
+                    await client.steps(1)
 
     shared(story)
+
+
+def test_a_lazy_model_whose_files_were_put_back_while_it_was_unloaded_goes_on(
+    serving, run, tmp_path, other, undisturbed
+):
+    folder = tmp_path / "lazy"
+    shutil.copytree(FOLDER, folder)
+
+    async def story():
+        lazy = {"name": NANO, "source": str(folder), "lazy": True, "idle_seconds": 0.01}
+        async with serving(models=[lazy]) as service:
+
+            async def unloaded_with(source):
+                while service.models.states()[NANO] == "ready":
+                    await service.models.unload_idle()
+                    await asyncio.sleep(0.01)
+                shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
+
+            client = await Client.create(service)
+            losses = await client.steps(1)
+            await unloaded_with(other)
+            kept = await client.send("forward_backward", ForwardBackward(client.model.model_id, BATCH, "cross_entropy"))
+            await service.models.get(NANO).engine.loaded(now=True)
+            with pytest.raises(InvalidRequest, match="serve the former weights"):
+                await client.send("optim_step", OptimStep(client.model.model_id, AdamParams()))
+            await unloaded_with(FOLDER)
+            client.seq_id = kept.seq_id
+            await client.optim_step()
+            losses.append((await client.result(kept)).metrics["loss:sum"])
+            assert losses + await client.steps(1) == undisturbed[:3]
+
+    run(story)
 
 
 # ---------------------------------------------------------------- the fingerprint
@@ -120,16 +165,40 @@ def test_weights_are_known_wherever_and_in_whatever_files_they_lie(tmp_path, oth
     assert fingerprint_of(folder) != fingerprint_of(FOLDER), "the same tensors, other numbers"
 
 
-def test_a_change_at_either_end_or_of_a_small_tensor_shows(tmp_path):
+def test_a_change_of_one_bit_shows(tmp_path):
     weights = tensors_of(FOLDER)
     large = max(weights, key=lambda name: len(weights[name][2]))
     small = min(weights, key=lambda name: len(weights[name][2]))
     seen = {fingerprint_of(FOLDER)}
-    for name, at in ((large, 0), (large, -1), (small, 1)):
+    for name, at in ((large, 0), (large, -1), (large, len(weights[large][2]) // 2 + 777), (small, 1)):
         dtype, shape, data = weights[name]
         changed = bytearray(data)
         changed[at] ^= 1
         shutil.copytree(FOLDER, tmp_path / "changed", dirs_exist_ok=True)
         write(tmp_path / "changed" / "model.safetensors", weights | {name: (dtype, shape, bytes(changed))})
         seen.add(fingerprint_of(tmp_path / "changed"))
-    assert len(seen) == 4
+    assert len(seen) == 5
+
+
+def test_weights_are_read_again_when_their_files_have_changed(tmp_path, monkeypatch, caplog):
+    """Also in place, by a program that gives them the time that they had."""
+    folder, kept = tmp_path / "it", tmp_path / "fingerprints"
+    shutil.copytree(FOLDER, folder)
+    first = fingerprint_of(folder, kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint, "_read", None)
+        assert fingerprint_of(folder, kept) == first
+    file = folder / "model.safetensors"
+    before = file.stat()
+    with file.open("r+b") as opened:
+        opened.seek(before.st_size // 2)
+        (byte,) = opened.read(1)
+        opened.seek(before.st_size // 2)
+        opened.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    changed = fingerprint_of(folder, kept)
+    assert changed != first and fingerprint_of(folder, kept) == changed
+    (note,) = kept.iterdir()
+    note.write_bytes(b"\xff")
+    assert fingerprint_of(folder, kept) == changed
+    assert fingerprint_of(folder, file) == changed and "could not be kept" in caplog.text

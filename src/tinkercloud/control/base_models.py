@@ -118,6 +118,14 @@ class BaseModels:
             return None
         return other_weights(made, info, self._memory.folder(made.base_fingerprint))
 
+    async def check_weights(self, made: MadeOnBase) -> None:
+        """InvalidRequest if nothing can be computed with this now. A base model that is not loaded is loaded before
+        that is said: whoever runs the server may have put its former weights back."""
+        if self.other_weights(made) is not None:
+            await self.get(made.base_model).engine.loaded(now=True)
+            if (why := self.other_weights(made)) is not None:
+                raise InvalidRequest(why)
+
     # ------------------------------------------------------------ readiness
 
     def ready(self) -> bool:

@@ -6,6 +6,7 @@ Such a run or sampler is kept as it is: what was accepted waits, and goes on whe
 from __future__ import annotations
 
 from tinkercloud.engine.base_model import BaseModelInfo
+from tinkercloud.engine.fingerprint import same_weights
 from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SamplerRecord
 
 MadeOnBase = ModelRecord | SamplerRecord | CheckpointRecord
@@ -14,7 +15,7 @@ MadeOnBase = ModelRecord | SamplerRecord | CheckpointRecord
 def fits(made: MadeOnBase, info: BaseModelInfo | None) -> bool:
     """Whether the loaded base model has the weights that it was made on, as far as is known of the two."""
     made_on, served = made.base_fingerprint, info.fingerprint if info else ""
-    return not (made_on and served) or made_on == served
+    return not (made_on and served) or same_weights(made_on, served)
 
 
 def other_weights(made: MadeOnBase, info: BaseModelInfo, former_folder: str | None) -> str:

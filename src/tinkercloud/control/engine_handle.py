@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tinkercloud.codec import decode
 from tinkercloud.control.engine_process import EngineProcess
-from tinkercloud.control.folders import scratch_folder
+from tinkercloud.control.folders import FINGERPRINTS, scratch_folder
 from tinkercloud.engine.base_model import AdapterMemory, BaseModelInfo, EngineOptions
 from tinkercloud.engine.messages import (
     LENGTH_BYTES,
@@ -78,7 +78,7 @@ class EngineHandle:
             raise
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
         self._reading = asyncio.create_task(self._read())
-        self._send(Start(self._options, scratch_folder(self._options.name)))
+        self._send(Start(self._options, scratch_folder(self._options.name), FINGERPRINTS))
         return await asyncio.shield(self._ready)
 
     @property

@@ -101,10 +101,11 @@ class KeptEngine:
         async with self._changed:
             await self._changed.wait_for(lambda: self.state == "ready" or self.failure is not None or self._released)
 
-    async def loaded(self) -> BaseModelInfo:
-        """What is known of the model, loading it if that is not yet known. InvalidRequest if it cannot load: who asks
-        for it should not come again for the same answer. Unavailable if it is released meanwhile."""
-        if self.info is None:
+    async def loaded(self, now: bool = False) -> BaseModelInfo:
+        """What is known of the model, loading it if that is not yet known, or if it is not loaded `now`. InvalidRequest
+        if it cannot load: who asks for it should not come again for the same answer. Unavailable if it is released
+        meanwhile."""
+        if self.info is None or now:
             try:
                 await self.running()
             except Unavailable as error:

@@ -9,6 +9,7 @@ samplers/<sampler>                                 ephemeral samplers
 snapshots/<run>/<seq_id>                           whole states of training runs, for recovery
 pins/<run>/<unique>                                checkpoints that a run's log loads, for as long as it may be replayed
 scratch/<base model>                               what an engine has no memory for; its process's alone
+fingerprints/<base model's folder>                 of weights whose files have not changed since they were read
 
 A save never touches the folder of an earlier one: what a name means changes with its record, in one transaction.
 """
@@ -29,6 +30,8 @@ SAMPLERS = "samplers"
 CACHE = "cache"
 """The folder of the copies of stored checkpoints: what a record names there is in the store, whether or not it is here
 too. What is in `checkpoints` is nowhere else."""
+
+FINGERPRINTS = "fingerprints"
 
 IMPORT_PREFIX = "import-"
 

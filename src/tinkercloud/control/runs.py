@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from tinkercloud.codec import encode
 from tinkercloud.control.base_models import BaseModels
-from tinkercloud.control.base_weights import MadeOnBase
 from tinkercloud.control.folders import CheckpointKind, checkpoint_folder, sampler_folder
 from tinkercloud.control.outcomes import LoadDetails, SamplerDetails, SaveDetails, StorageLimit, details_of, remember
 from tinkercloud.control.sessions import Sessions
@@ -106,7 +105,7 @@ class TrainingRuns:
                 f"{checkpoint.path} has rank {checkpoint.lora.rank}, which exceeds max LoRA rank {info.max_rank} of "
                 f"new training runs for model {info.name}; whoever runs the server can set a larger max_rank"
             )
-        self._check_weights(checkpoint)
+        await self._models.check_weights(checkpoint)
         optimizer = checkpoint.optimizer if with_optimizer else optimizer or "adamw"
         model = self._new_model(session, model_seq_id, info, checkpoint.lora, user_metadata, optimizer)
         async with self._storage.pinned(model.model_id, checkpoint) as pin:
@@ -245,8 +244,8 @@ class TrainingRuns:
         self, model: ModelRecord, seq_id: int | None, checkpoint: CheckpointRecord, with_optimizer: bool
     ) -> Entry:
         """Append the loading of a checkpoint. InvalidRequest if it is of another base model or shape."""
-        self._check_weights(model)
-        self._check_weights(checkpoint)
+        await self._models.check_weights(model)
+        await self._models.check_weights(checkpoint)
         if checkpoint.base_model != model.base_model:
             raise InvalidRequest(
                 f"{checkpoint.path} was trained on {checkpoint.base_model}, this training run on {model.base_model}; "
@@ -347,16 +346,12 @@ class TrainingRuns:
                 f"at most {MAX_AHEAD} may wait behind it; count up by one for each operation"
             )
         if kind != "unload_model":
-            self._check_weights(model)
+            await self._models.check_weights(model)
         await self._sessions.heartbeat(model.session_id, model.owner)
         payload = operation if callable(operation) else encode(operation)
         entry = await self._ledger.append(model.model_id, seq_id, kind, payload, num_tokens=num_tokens, details=details)
         await self._accept(model, entry)
         return entry
-
-    def _check_weights(self, made: MadeOnBase) -> None:
-        if (why := self._models.other_weights(made)) is not None:
-            raise InvalidRequest(why)
 
     async def _accept(self, model: ModelRecord, entry: Entry) -> None:
         """Hand an entry over; one whose base model is not served now is taken up when that is served again. A repeat

@@ -64,9 +64,8 @@ class Samplers:
         if base_model is None:
             raise InvalidRequest("base_model or model_path is required: there is nothing to sample from")
         info = await self._models.info(base_model)
-        if path is not None and (why := self._models.other_weights(checkpoint)) is not None:
-            raise InvalidRequest(why)
         if path is not None:
+            await self._models.check_weights(checkpoint)
             await self._checkpoints.bring(checkpoint)  # whoever cannot have it is told here, not by each sample
         await self._sessions.touch(session)
         record = SamplerRecord(
@@ -131,8 +130,7 @@ class Samplers:
     async def sample(self, sampler: SamplerRecord, seq_id: int | None, operation: Sample) -> Entry:
         """Accept a sample; `seq_id` None takes the next free one. Overloaded if too many sequences wait, NotFound if
         the sampler's weights are gone, InvalidRequest if its base model has others now, Ended."""
-        if (why := self._models.other_weights(sampler)) is not None:
-            raise InvalidRequest(why)
+        await self._models.check_weights(sampler)
         self._make_sure_of_room(sampler, operation.num_samples)
         arriving = self._arriving[sampler.base_model]
         arriving[sampler.session_id] += operation.num_samples

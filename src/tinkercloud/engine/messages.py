@@ -24,6 +24,8 @@ class Start(Struct, frozen=True, tag="start"):
     options: EngineOptions
     scratch: str
     """A folder for whatever the process has no memory for. It is its own, and of no use to the next one."""
+    fingerprints: str
+    """The folder in which all engines keep what is known of base models' files."""
 
 
 class RunCycle(Struct, frozen=True, tag="run_cycle"):

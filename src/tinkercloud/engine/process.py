@@ -17,7 +17,6 @@ from pathlib import Path
 from setproctitle import setproctitle
 
 from tinkercloud.codec import decode
-from tinkercloud.engine.base_model import EngineOptions
 from tinkercloud.engine.messages import (
     Answer,
     Ask,
@@ -143,7 +142,7 @@ def _listen(sock: socket.socket, inbox: queue.SimpleQueue[ToEngine]) -> None:
         os._exit(0)
 
 
-def _load(options: EngineOptions, scratch: Path, sock: socket.socket) -> tuple[Trainer, Sampler]:
+def _load(start: Start, sock: socket.socket) -> tuple[Trainer, Sampler]:
     """Bring up the torch engine. Imported here: the control process knows this module, and has no torch."""
 
     def progress(fraction: float, text: str) -> None:
@@ -153,8 +152,8 @@ def _load(options: EngineOptions, scratch: Path, sock: socket.socket) -> tuple[T
     from tinkercloud.engine.torch.sampler import TorchSampler
     from tinkercloud.engine.torch.trainer import TorchTrainer
 
-    model = BaseModel.load(options, progress)
-    return TorchTrainer(model, options, scratch), TorchSampler(model, options)
+    model = BaseModel.load(start.options, progress, Path(start.fingerprints))
+    return TorchTrainer(model, start.options, Path(start.scratch)), TorchSampler(model, start.options)
 
 
 def run(name: str, folder: str, sock: socket.socket) -> None:
@@ -168,7 +167,7 @@ def run(name: str, folder: str, sock: socket.socket) -> None:
     if not isinstance(start, Start):
         return
     try:
-        trainer, sampler = _load(start.options, Path(start.scratch), sock)
+        trainer, sampler = _load(start, sock)
     except OperationError as error:
         sock.sendall(frame(LoadFailed(str(error))))
         return

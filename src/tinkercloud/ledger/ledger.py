@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Engine
 
 from tinkercloud.codec import encode
 from tinkercloud.engine.results import Failure
-from tinkercloud.ledger import audit, catalog, database, entries, keys, retention, segments, timeline, usage
+from tinkercloud.ledger import audit, catalog, database, entries, keys, retention, segments, stored, timeline, usage
 from tinkercloud.ledger.accounts import Accounts
 from tinkercloud.ledger.catalog import R
 from tinkercloud.ledger.deferred import Deferred

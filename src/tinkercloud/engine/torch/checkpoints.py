@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tinkercloud.engine.checksums import write_checksums
 from tinkercloud.engine.external_weights import write_external
+from tinkercloud.engine.fingerprint import same_weights
 from tinkercloud.engine.operations import LoraConfig, OperationError
 from tinkercloud.engine.peft_layout import (
     CONFIG_FILE,
@@ -192,7 +193,7 @@ def read_adapter(folder: Path, model: BaseModel) -> SavedAdapter:
     if base_model is not None and base_model != model.info.name:
         raise OperationError(f"the checkpoint belongs to base model {base_model}, not to {model.info.name}")
     made_on, served = metadata.get(FINGERPRINT, ""), model.info.fingerprint
-    if made_on and served and made_on != served:
+    if made_on and served and not same_weights(made_on, served):
         raise OperationError(
             f"the checkpoint was made on {base_model} with weights {made_on:.12}, and this {base_model} has weights "
             f"{served:.12}, which are others; it can be read where the former are served"

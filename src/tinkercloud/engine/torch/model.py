@@ -166,8 +166,11 @@ class BaseModel:
         self.linears += linears
 
     @classmethod
-    def load(cls, options: EngineOptions, progress: Progress | None = None) -> BaseModel:
-        """Load a base model from a folder or from the hub. OperationError says what is missing or not supported."""
+    def load(
+        cls, options: EngineOptions, progress: Progress | None = None, fingerprints: Path | None = None
+    ) -> BaseModel:
+        """Load a base model from a folder or from the hub; in `fingerprints` is kept what was read of its files.
+        OperationError says what is missing or not supported."""
         report = progress or (lambda fraction, what: None)
         if options.threads:
             torch.set_num_threads(options.threads)
@@ -179,8 +182,10 @@ class BaseModel:
         report(0.2, "loading weights")
         disable_progress_bar()  # transformers' own; whoever asked for `progress` shows it
         model = _weights_of(folder, config, options, device, dtype)
+        report(0.8, "reading weights for their fingerprint")
+        fingerprint = _fingerprint_of(folder, fingerprints)
         report(0.9, "checking")
-        base = cls(model, _info_of(model, folder, options, device, dtype))
+        base = cls(model, _info_of(model, folder, fingerprint, options, device, dtype))
         base._check_finite()
         base._check_packing()
         base._check_whole()
@@ -370,7 +375,12 @@ def _weights_of(
 
 
 def _info_of(
-    model: PreTrainedModel, folder: Path, options: EngineOptions, device: torch.device, dtype: torch.dtype
+    model: PreTrainedModel,
+    folder: Path,
+    fingerprint: str,
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> BaseModelInfo:
     config = model.config.get_text_config()
     architectures = model.config.architectures or [type(model).__name__]
@@ -391,13 +401,13 @@ def _info_of(
         dtype=str(dtype).removeprefix("torch."),
         quantization=options.quantization,
         build=build_of(device, dtype, options.logits_bytes, options.quantization),
-        fingerprint=_fingerprint_of(folder),
+        fingerprint=fingerprint,
     )
 
 
-def _fingerprint_of(folder: Path) -> str:
+def _fingerprint_of(folder: Path, remembered: Path | None) -> str:
     try:
-        return fingerprint_of(folder)
+        return fingerprint_of(folder, remembered)
     except (OSError, ValueError, LookupError) as error:
         raise OperationError(f"{folder}: its files are damaged ({type(error).__name__}: {error})") from None
 
