@@ -15,7 +15,7 @@ from tests.engine.sampler_requests import prompt_of, run, sample
 from tinkercloud.engine.operations import CancelSample, CloseSampler, Datum, OpenSampler, SaveWeights
 from tinkercloud.engine.results import SampleOutput
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, OutOfPages
-from tinkercloud.engine.torch.prefix_cache import Namespace, PrefixCache, page_keys
+from tinkercloud.engine.torch.prefix_cache import Namespace, Node, PrefixCache, page_keys
 
 
 @pytest.fixture
@@ -70,20 +70,37 @@ def test_the_same_prompt_again_computes_its_last_token(length, sampler_of, rows_
     assert max(rows_run) <= 4
 
 
-def test_turns_of_a_conversation(sampler_of, rows_run):
-    """What was drawn is computed once more, as part of the next prompt, and is then kept."""
+@pytest.mark.parametrize("length", [100, 96, 3])
+@pytest.mark.parametrize("has_whole_steps", [True, False])
+def test_turns_of_a_conversation(has_whole_steps, length, base_model, sampler_of, monkeypatch):
+    """What was drawn is not computed again where its numbers are those of a prompt to the bit; else once, as part of
+    the next prompt, which is then kept."""
+    if not has_whole_steps:  # as on a processor without AVX-512
+        monkeypatch.setattr(base_model("qwen3")._lean, "step", None)
+    drawn_are_kept = base_model("qwen3").has_whole_steps
     sampler = sampler_of("qwen3")
-    prompt, before = prompt_of(0, 100), 0
+    prompt, before = prompt_of(0, length), 0
     for turn in range(3):
-        del rows_run[:]
-        (result,) = run(sampler, sample(f"{turn}", prompt, max_tokens=20)).values()
-        kept = before // PAGE_TOKENS * PAGE_TOKENS
-        assert result.prompt_cache_hit_tokens == kept
-        assert rows_run[0] == len(prompt) - kept
-        (alone,) = run(sampler_of("qwen3"), sample("r", prompt, max_tokens=20)).values()
+        (result,) = run(sampler, sample(f"{turn}", prompt, max_tokens=35)).values()
+        assert result.prompt_cache_hit_tokens == before // PAGE_TOKENS * PAGE_TOKENS
+        (alone,) = run(sampler_of("qwen3"), sample("r", prompt, max_tokens=35)).values()
         assert_same_bits(result, alone)
-        before = len(prompt)
+        before = len(prompt) + (34 if drawn_are_kept else 0)  # the last drawn token was never run
         prompt = joined(prompt, result.sequences[0].tokens, prompt_of(10 + turn, 7))
+
+
+def test_each_of_several_samples_is_gone_on_from(base_model, sampler_of):
+    """In one step with the others, and with the prompt itself asked once more."""
+    sampler, prompt = sampler_of("qwen3"), prompt_of(0, 53)
+    (first,) = run(sampler, sample("first", prompt, num_samples=4, max_tokens=30)).values()
+    turns = [joined(prompt, one.tokens, prompt_of(9, 5)) for one in first.sequences]
+    requests = [sample(f"{number}", turn) for number, turn in enumerate(turns)] + [sample("again", prompt)]
+    together = run(sampler, *requests)
+    kept = 80 if base_model("qwen3").has_whole_steps else 48
+    assert [result.prompt_cache_hit_tokens for result in together.values()] == [kept] * 4 + [52]
+    for request in requests:
+        (alone,) = run(sampler_of("qwen3"), request).values()
+        assert_same_bits(together[request.request_id], alone)
 
 
 @pytest.mark.parametrize("requests", [16, 1])
@@ -284,23 +301,45 @@ def test_what_a_sample_says_is_what_training_computes(small_chunks, sampler_of, 
     )
 )
 def test_what_is_found_is_what_was_kept(actions):
-    """Prompts of pages of ones and zeros are read, kept and given back in any order, in a pool that is too small: what
-    is found has the prompt's own tokens, and the pool's accounts are right."""
+    """Prompts of pages of ones and zeros are read, kept, drawn after and given back in any order, in a pool that is too
+    small: what is found has the prompt's own tokens, and the pool's accounts are right."""
     cache = KVCache({0: LayerShape(1, 1, 1)}, 8, torch.float32, torch.device("cpu"))
     prefixes, namespaces = PrefixCache(cache), [Namespace(), Namespace()]
-    running: list[list[int]] = []
+    running: list[tuple[int, Namespace, Node | Namespace, np.ndarray, list[int]]] = []
+
+    def marks_of(which: int, tokens: np.ndarray) -> list[float]:
+        return [float(1000 * which + token) for token in tokens]
+
+    def write(pages: list[int], which: int, tokens: np.ndarray) -> None:
+        marks = marks_of(which, tokens)
+        for place, page in enumerate(pages):
+            own = torch.tensor(marks[place * PAGE_TOKENS : (place + 1) * PAGE_TOKENS])[:, None, None]
+            cache.write(0, torch.arange(len(own)) + page * PAGE_TOKENS, own, own)
+
+    def give_back(number: int, drawn: int) -> None:
+        """With the last page filled up by drawn tokens, if there is room in it."""
+        which, namespace, node, tokens, pages = running.pop(number)
+        whole, missing = len(tokens) // PAGE_TOKENS, -len(tokens) % PAGE_TOKENS
+        if missing and namespace.open:
+            last = np.concatenate((tokens[whole * PAGE_TOKENS :], [drawn] * missing)).astype(np.int32)
+            write(pages[whole:], which, last)
+            own = pages[whole:]
+            prefixes.keep(node, page_keys(last), own)
+            pages[whole:] = own
+        cache.release(pages)
+
     for action, which, blocks, rest in actions:
         if action == 4:
             prefixes.drop(namespaces[which])
             namespaces[which] = Namespace()
         elif action == 3 and running:
-            cache.release(running.pop(len(blocks) % len(running)))
+            give_back(len(blocks) % len(running), drawn=rest % 4)
         else:
             tokens = np.array([block for block in blocks for _ in range(PAGE_TOKENS)] + [2] * rest, np.int32)
             keys = page_keys(tokens)
             found = prefixes.find(namespaces[which], keys, len(tokens))
             assert found.tokens <= len(tokens)
-            marks = [float(1000 * which + token) for token in tokens]
+            marks = marks_of(which, tokens)
             read = [cache.read(0, torch.tensor([[page]]))[0][0, 0, :, 0].tolist() for page in found.pages]
             assert [mark for page in read for mark in page] == marks[: len(found.pages) * PAGE_TOKENS]
             if found.partial is not None:
@@ -312,15 +351,13 @@ def test_what_is_found_is_what_was_kept(actions):
             except OutOfPages:
                 cache.release(pages)
                 continue
-            for place, page in enumerate(pages):
-                own = torch.tensor(marks[place * PAGE_TOKENS : (place + 1) * PAGE_TOKENS])[:, None, None]
-                cache.write(0, torch.arange(len(own)) + page * PAGE_TOKENS, own, own)
             own = pages[len(found.pages) :]
-            prefixes.keep(found.node, keys[len(found.pages) :], own)
-            running.append(pages[: len(found.pages)] + own)
-        assert cache.used == len({page for pages in running for page in pages})
-    for pages in running:
-        cache.release(pages)
+            write(own, which, tokens[len(found.pages) * PAGE_TOKENS :])
+            node = prefixes.keep(found.node, keys[len(found.pages) :], own)
+            running.append((which, namespaces[which], node, tokens, pages[: len(found.pages)] + own))
+        assert cache.used == len({page for *_, pages in running for page in pages})
+    while running:
+        give_back(0, drawn=3)
     assert cache.used == 0
     for namespace in namespaces:
         prefixes.drop(namespace)

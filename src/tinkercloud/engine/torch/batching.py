@@ -11,9 +11,9 @@ between two tokens is bounded however many prompts wait. The prompt that was adm
 so that it is done after a known number of them; what it leaves of the budget goes to the tenants that were served
 least, and of their prompts to those with the least left to do, so that a short prompt does not wait for long ones.
 
-A prompt's pages are kept for others that begin alike (`prefix_cache`). A sequence that would find much of its prompt in
-the cache if it waited for one that is running lets others pass meanwhile: samples of one prompt, whether of one request
-or of several, compute it once.
+A sequence's pages are kept for others that begin alike (`prefix_cache`). One that would find much of its prompt in the
+cache if it waited for one that is running lets others pass meanwhile: samples of one prompt, whether of one request or
+of several, compute it once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, pages_for
-from tinkercloud.engine.torch.prefix_cache import Namespace, Prefix, PrefixCache
+from tinkercloud.engine.torch.prefix_cache import Namespace, Prefix, PrefixCache, page_keys
 from tinkercloud.engine.torch.sequences import Request, Sequence
 from tinkercloud.engine.torch.state_cache import StateCache
 from tinkercloud.engine.torch.waiting import WaitingSequences
@@ -45,10 +45,14 @@ Turn = tuple[Sequence, int]
 class ContinuousBatch:
     """The waiting and the running sequences of a sampler."""
 
-    def __init__(self, cache: KVCache, max_sequences: int, states: StateCache | None = None) -> None:
-        """`states`: of models with linear attention, a slot for each sequence that may run."""
+    def __init__(
+        self, cache: KVCache, max_sequences: int, states: StateCache | None = None, keeps_drawn: bool = False
+    ) -> None:
+        """`states`: of models with linear attention, a slot for each sequence that may run. `keeps_drawn`: whether
+        pages of drawn tokens are kept too."""
         self._cache, self._states = cache, states
         self._prefixes = PrefixCache(cache)
+        self._keeps_drawn = keeps_drawn
         self.max_sequences = max_sequences
         self.only: Collection[Request] | None = None
         """The requests whose sequences may start; None is all."""
@@ -82,6 +86,8 @@ class ContinuousBatch:
     def finish(self, sequence: Sequence) -> None:
         """Take a running sequence out and free its pages."""
         self._keep(sequence)
+        if self._keeps_drawn:
+            self._keep_drawn(sequence)
         self._running.remove(sequence)
         self._release(sequence)
 
@@ -247,6 +253,17 @@ class ContinuousBatch:
             sequence.node = self._prefixes.keep(sequence.node, keys[first:complete], own)
             sequence.pages[first:complete] = own
             sequence.kept = complete
+
+    def _keep_drawn(self, sequence: Sequence) -> None:
+        """Keep the complete pages that have drawn tokens, for a prompt that begins with all of these."""
+        if sequence.namespace is None or not sequence.namespace.open or not sequence.holds_prompt:
+            return
+        first, complete = len(sequence.request.prompt) // PAGE_TOKENS, sequence.cached // PAGE_TOKENS
+        if first < complete:
+            keys = page_keys(sequence.tokens(first * PAGE_TOKENS, complete * PAGE_TOKENS))
+            own = sequence.pages[first:complete]
+            self._prefixes.keep(sequence.node, keys, own)
+            sequence.pages[first:complete] = own
 
     def _release(self, sequence: Sequence) -> None:
         self._cache.release(sequence.pages)

@@ -218,7 +218,13 @@ class BaseModel:
         row by row, and only its products ask for more, those that are not its step's own."""
         if self._lean is None:
             return -rows % self.row_multiple
-        return 0 if self._lean.step is not None else max(0, LEAST_ROWS - rows)
+        return 0 if self.has_whole_steps else max(0, LEAST_ROWS - rows)
+
+    @property
+    def has_whole_steps(self) -> bool:
+        """Whether a sampling step is one kernel, in which a token's numbers are the same bits as one row of many, that
+        is of a prompt, and as the only one, that is when it was drawn."""
+        return self._lean is not None and self._lean.step is not None
 
     def _batch_of(self, lora: LoraBatch) -> LoraBatch:
         """As this model's linear layers see it. transformers' modules sample with the products that they train with:

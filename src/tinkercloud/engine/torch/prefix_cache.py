@@ -1,9 +1,10 @@
 """Keys and values of prompts, kept when their sequences have ended, for sequences whose prompts begin alike.
 
-A tree for each set of weights (a `Namespace`): a node is one page, its children the pages that have followed it. Only
-prompts are kept, not what was drawn after them: the numbers of a prompt's token are the same whoever computes it
-(`paged_attention`), those of a drawn token are not in the last bit, so that a sample would show what was cached. A
-conversation's next prompt computes the drawn tokens again, once.
+A tree for each set of weights (a `Namespace`): a node is one page, its children the pages that have followed it. What
+was drawn after a prompt is kept too, for the next turn of a conversation, where whole steps have a kernel: there a
+token's numbers are the same bits whether it was drawn or read. Elsewhere they differ in the last bit, so that a sample
+would show what was cached; there only prompts are kept, whose numbers are the same whoever computes them
+(`paged_attention`), and the next turn computes the drawn tokens again, once.
 
 A sequence that runs owns its pages, kept ones too, from the first to the last. So a page without an owner has none
 below it that has one, and since a sequence gives back its last pages first, the cache, which takes back what has been
@@ -69,7 +70,9 @@ class PrefixCache:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self._nodes: dict[int, Node] = {}
+        self._nodes: dict[int, list[Node]] = {}
+        """Of each page. The last one of a prompt may have two: as what it was when the prompt was read, and as a whole
+        page after tokens were drawn."""
         cache.on_reclaim = self._remove
 
     def find(self, namespace: Namespace, keys: Sequence[bytes], tokens: int) -> Prefix:
@@ -96,7 +99,7 @@ class PrefixCache:
             partial = len(key) < PAGE_TOKENS * TOKEN_BYTES
             if child is None:
                 child = node.children[key] = Node(key, pages[place], node)
-                self._nodes[child.page] = child
+                self._nodes.setdefault(child.page, []).append(child)
                 self._cache.keep(child.page)
             elif child.page != pages[place] and not partial:
                 self._cache.share([child.page])
@@ -109,14 +112,14 @@ class PrefixCache:
     def drop(self, namespace: Namespace) -> None:
         """Keep nothing of these weights any more; running sequences go on with the pages that they own."""
         namespace.open = False
-        for node in list(_below(namespace)):
-            del self._nodes[node.page]
-            self._cache.forget(node.page)
+        for page in {node.page for node in _below(namespace)}:
+            del self._nodes[page]
+            self._cache.forget(page)
         namespace.children = {}
 
     def _remove(self, page: int) -> None:
-        node = self._nodes.pop(page)
-        del node.parent.children[node.key]
+        for node in self._nodes.pop(page):
+            del node.parent.children[node.key]
 
 
 def _below(top: Node | Namespace) -> Iterator[Node]:

@@ -73,7 +73,7 @@ class TorchSampler:
                 )  # fmt: skip
         self._cache = _cache_for(model, memory.layers, page_bytes, options.kv_cache_bytes)
         self._windows = DecodeWindows(self._cache, window_bytes, model.device)
-        self._batch = ContinuousBatch(self._cache, sequences, self._states)
+        self._batch = ContinuousBatch(self._cache, sequences, self._states, keeps_drawn=model.has_whole_steps)
         self._quarantine = Quarantine(self._batch)
         self._samplers: dict[str, OpenedSampler] = {}
         self._shared: WeakValueDictionary[str, OpenedSampler] = WeakValueDictionary()

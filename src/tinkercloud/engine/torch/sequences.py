@@ -153,6 +153,11 @@ class Sequence:
             return self.generated[start : start + count]
         return self.request.prompt[self.cached : self.cached + count] + self.generated[: max(0, start + count)]
 
+    def tokens(self, start: int, end: int) -> np.ndarray:
+        """Ids [start, end) of prompt + generated, int32."""
+        drawn = np.array(self.generated, dtype=np.int32)
+        return np.concatenate((self.request.operation.prompt, drawn), dtype=np.int32)[start:end]
+
     def append(
         self, token: int, logprob: float, raw_logprob: float | None, top: tuple[np.ndarray, np.ndarray] | None
     ) -> None:
