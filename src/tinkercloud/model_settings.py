@@ -81,6 +81,13 @@ class PerModel(BaseModel):
         description="A lazy model that nothing was asked of for this many seconds leaves memory; "
         "whatever asks for it next brings it back.",
     )
+    stuck_seconds: float = Field(
+        0,
+        ge=0,
+        description="An engine that has something to do and comes no further with it for this many seconds is ended "
+        "and started again, and what it was doing runs again; 0 is never. A single step, such as a micro-batch, must "
+        "not take as long.",
+    )
 
 
 class ModelSettings(PerModel):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import asdict
 from tinker import types
 from tinker.lib.public_interfaces.sampling_client import _tensor_data_to_model
 
@@ -18,7 +19,8 @@ from tinkercloud.api.validate import (
 )
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.reading import as_request
-from tinkercloud.engine.operations import AdamParams, DimuonParams
+from tinkercloud.codec import encode
+from tinkercloud.engine.operations import AdamParams, DimuonParams, Matrix
 from tinkercloud.errors import InvalidRequest
 
 
@@ -179,6 +181,67 @@ def test_defaults_of_sampling():
     assert operation.params.stop_tokens == (2, 3), "the model's end of sequence"
     assert (operation.params.temperature, operation.params.top_k, operation.params.top_p) == (1.0, -1, 1.0)
     assert sample().params.seed != sample().params.seed
+
+
+FIELDS = {
+    "num_samples": (3, {"num_samples": 3}),
+    "prompt": (
+        types.ModelInput.from_ints([4, 5, 6]),
+        {"prompt": np.array([4, 5, 6], np.int32), "params.max_tokens": 5},
+    ),
+    "sampling_params": (types.SamplingParams(seed=1, max_tokens=2), {"params.max_tokens": 2}),
+    "prompt_logprobs": (True, {"prompt_logprobs": True}),
+    "topk_prompt_logprobs": (3, {"topk_prompt_logprobs": 3}),
+    "topk_sample_logprobs": (3, {"topk_sample_logprobs": 3}),
+    "target_prompt_logprobs": (
+        _tensor_data_to_model(types.TensorData(data=[7], dtype="int64", shape=[1, 1])),
+        {"target_prompt_logprobs": Matrix(np.array([7]), (1, 1))},
+    ),
+    "prompt_alt_tokens_k": (3, {"prompt_alt_tokens_k": 3}),
+    "record_stability_info": (True, {"record_stability_info": True}),
+}
+"""A value of each field of the SDK's SampleRequest, and what of the operation it changes."""
+
+PARAMS = {
+    "max_tokens": (3, {"params.max_tokens": 3}),
+    "seed": (9, {"params.seed": 9}),
+    "stop": ([5], {"params.stop_tokens": (5,)}),
+    "temperature": (0.5, {"params.temperature": 0.5}),
+    "top_k": (4, {"params.top_k": 4}),
+    "top_p": (0.5, {"params.top_p": 0.5}),
+}
+"""Likewise of its SamplingParams."""
+
+ADDRESSES = {"base_model", "model_path", "sampling_session_id", "seq_id", "type"}
+"""What says where a sample is from; see test_routes.py."""
+
+
+def parts_of(operation) -> dict[str, object]:
+    params = {f"params.{name}": value for name, value in asdict(operation.params).items()}
+    return {**asdict(operation), **params, "params": None}
+
+
+def test_each_field_of_the_sdks_request_reaches_the_engine_and_changes_what_it_says():
+    assert types.SampleRequest.model_fields.keys() - FIELDS.keys() - ADDRESSES == {"prompt_logprobs_last_n"}
+    assert types.SamplingParams.model_fields.keys() == PARAMS.keys()
+    plain = {"prompt": types.ModelInput.from_ints([1, 2]), "sampling_params": types.SamplingParams(seed=1)}
+    both = {"prompt_logprobs": True, "prompt_logprobs_last_n": 1}
+    cases = [(both, both)]
+    cases += [({name: value}, changes) for name, (value, changes) in FIELDS.items()]
+    cases += [
+        ({"sampling_params": types.SamplingParams(**{"seed": 1, name: value})}, changes)
+        for name, (value, changes) in PARAMS.items()
+    ]
+
+    def read(**fields) -> dict[str, object]:
+        body = types.SampleRequest(**plain | fields).model_dump(mode="json", exclude_none=True)
+        return parts_of(sample_from(as_request(wire.Sample, body), "s", INFO))
+
+    usual = read()
+    for given, changes in cases:
+        changed = {name: value for name, value in read(**given).items() if encode(value) != encode(usual[name])}
+        assert encode(changed) == encode({name: changes[name] for name in changed}), given
+        assert changed.keys() == changes.keys(), given
 
 
 def test_stops():

@@ -122,10 +122,10 @@ def test_weights_that_cannot_be_opened_are_nobody_elses(shared, monkeypatch):
         before = await drawn(service, first)
         publish = desk.publish
 
-        def damaged(sampler, replaced):
+        def damaged(sampler):
             (whole,) = (data / sampler.folder).glob("*.safetensors")
             whole.rename(whole.with_suffix(".away"))
-            publish(sampler, replaced)
+            publish(sampler)
 
         await client.steps(1)
         with monkeypatch.context() as patch:
@@ -143,6 +143,35 @@ def test_weights_that_cannot_be_opened_are_nobody_elses(shared, monkeypatch):
         assert await drawn(service, first) == await drawn(service, second) == await drawn(service, third)
 
     shared(story)
+
+
+def test_those_before_are_there_after_a_restart_too(serving, run, tmp_path):
+    """Until weights that can be opened are saved."""
+    data = tmp_path / "data"
+
+    async def story():
+        async with serving() as service:
+            client = await Client.create(service)
+            first = await saved(client, 0)
+            before = await drawn(service, first)
+            await client.steps(1)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(service.models.get(NANO).desk, "publish", lambda sampler: None)  # a crash is quicker
+                second = await saved(client, 1)
+            (whole,) = (data / second.folder).glob("*.safetensors")
+            whole.unlink()
+        async with serving() as service:
+            assert await drawn(service, first) == before
+            assert isinstance(await Client._finished(service, await sample(service, second, 1)), Failure)
+            assert await drawn(service, first) == before
+            client.service = service
+            client.model = await service.runs.live(client.model.model_id, OWNER)
+            third = await saved(client, 2)
+            await asyncio.gather(*service.models.get(NANO).desk._publishing)
+            assert await drawn(service, first) == await drawn(service, second) == await drawn(service, third) != before
+            assert [(data / one.folder).is_dir() for one in (first, second, third)] == [False, False, True]
+
+    run(story)
 
 
 def test_weights_that_could_not_be_read_once_are_asked_for_again(shared, monkeypatch):

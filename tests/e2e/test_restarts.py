@@ -13,15 +13,22 @@ from tests.e2e.test_first_steps import datum
 from tests.serving import Server
 
 BATCH = [datum([10, 11, 12, 13, 14]), datum([30, 31, 32])]
-STEPS = 12
+PROMPT = types.ModelInput.from_ints([10, 11])
+STEPS, INTERRUPTED = 12, (3, 9)
 
 
-def train(url: str, at_step=lambda step: None) -> list[float]:
-    """A pipelined training loop with a sample in the middle; its losses and the sampled tokens."""
+def train(url: str, at_step=lambda step: None) -> list[object]:
+    """A pipelined training loop with a sample in the middle, and samples that one held poll waits for while something
+    may happen; its losses and the sampled tokens."""
     client = tinker.ServiceClient(base_url=url, api_key="tml-test")
     run = client.create_lora_training_client(base_model="tinkercloud/nano", rank=4, seed=3).result()
-    seen = []
+    base = client.create_sampling_client(base_model="tinkercloud/nano").result()
+    seen, waiting = [], []
     for step in range(STEPS):
+        if step in INTERRUPTED:
+            waiting += [base.sample(PROMPT, 1, params(250, seed)) for seed in range(12)]
+            base.sample(PROMPT, 1, params(1, 0)).result()  # the poller is at work, and they are not done
+            assert not all(sample.future().done() for sample in waiting)
         forward_backward = run.forward_backward(BATCH, "cross_entropy")
         optim = run.optim_step(types.AdamParams(learning_rate=1e-2))
         at_step(step)
@@ -29,10 +36,14 @@ def train(url: str, at_step=lambda step: None) -> list[float]:
         optim.result()
         if step == STEPS // 2:
             sampler = run.save_weights_and_get_sampling_client().result()
-            params = types.SamplingParams(max_tokens=8, seed=7, stop=[])
-            seen += sampler.sample(types.ModelInput.from_ints([10, 11]), 1, params).result().sequences[0].tokens
+            seen += sampler.sample(PROMPT, 1, params(8, 7)).result().sequences[0].tokens
+    seen += [sample.result().sequences[0].tokens for sample in waiting]
     client.holder.close()
     return seen
+
+
+def params(max_tokens: int, seed: int) -> types.SamplingParams:
+    return types.SamplingParams(max_tokens=max_tokens, seed=seed, stop=[])
 
 
 def test_a_script_outlives_its_server_on_postgresql(tmp_path, server, postgresql):
@@ -40,8 +51,8 @@ def test_a_script_outlives_its_server_on_postgresql(tmp_path, server, postgresql
     with Server(tmp_path / "data", "--set", f"database_url={postgresql.database()}") as disturbed:
 
         def interrupt(step):
-            if step in (3, 9):
-                disturbed.stop() if step == 3 else disturbed.kill()
+            if step in INTERRUPTED:
+                disturbed.stop() if step == INTERRUPTED[0] else disturbed.kill()
                 threading.Thread(target=disturbed.start).start()
 
         assert train(disturbed.url, interrupt) == undisturbed

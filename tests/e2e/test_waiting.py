@@ -13,7 +13,7 @@ from tinker.proto.response_conv import deserialize_proto_response
 from tests.e2e.by_hand import NANO, PATIENCE, Run, datum
 from tests.serving import Server
 
-POLL_SECONDS = 0.5
+POLL_SECONDS, MAX_PENDING = 0.5, 250
 AS_PROTOBUF = {"accept": "application/x-protobuf"}
 
 
@@ -21,8 +21,8 @@ AS_PROTOBUF = {"accept": "application/x-protobuf"}
 def server(tmp_path_factory):
     """The embedded model with short polls, and every request in the log."""
     data_dir = tmp_path_factory.mktemp("waiting") / "data"
-    options = ("--set", f"poll_seconds={POLL_SECONDS}", "--set", "log_level=debug")
-    running = Server(data_dir, *options).start(wait=False)
+    options = (f"poll_seconds={POLL_SECONDS}", f"max_pending_samples={MAX_PENDING}", "log_level=debug")
+    running = Server(data_dir, *(part for option in options for part in ("--set", option))).start(wait=False)
     yield running
     running.stop()
 
@@ -158,13 +158,56 @@ def test_clients_that_join_a_sampler_get_their_own_results(server, run):
     assert sorted(client._cloned_sampler_id for client in clients) == [0, 1, 2]
 
 
+def until_accepted(server, before: int) -> None:
+    """One more sample than before."""
+    deadline = time.monotonic() + PATIENCE
+    while counted(server, "asample 200") == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_more_samples_than_may_wait_are_told_to_come_again_and_the_sdk_does(server, run):
+    """Once: it waits as long as it is told to, and then everything is there."""
+    sampler = run.service.create_sampling_client(base_model=NANO).result(PATIENCE)
+    before, accepted = counted(server, "asample 429"), counted(server, "asample 200")
+    full = sampler.sample(PROMPT, MAX_PENDING, types.SamplingParams(max_tokens=40, stop=[]))
+    until_accepted(server, accepted)
+    more = sampler.sample(PROMPT, 2, PARAMS)
+    chunks = [{"type": "encoded_text", "tokens": [1, 2]}]
+    body = {"sampling_session_id": sampler._sampling_session_id, "seq_id": 77, "prompt": {"chunks": chunks}}
+    body["sampling_params"] = {"max_tokens": 1}
+    refused = run.http.post("asample", json=body)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+    assert f"{MAX_PENDING} may" in refused.json()["detail"]
+    assert len(more.result(PATIENCE).sequences) == 2 and len(full.result(PATIENCE).sequences) == MAX_PENDING
+    assert counted(server, "asample 429") - before >= 2
+    assert run.http.post("asample", json=body).status_code == 200
+
+
+def test_a_client_that_polls_each_sample_is_told_why_it_waits(server, run, caplog):
+    """As SDKs before 0.34 do, and newer ones where a server does not ask for one poll."""
+    holder = run.service.holder
+    holder._client_config = holder._client_config.model_copy(update={"sample_use_retrieve_futures": False})
+    sampler = run.service.create_sampling_client(base_model=NANO).result(PATIENCE)
+    accepted = counted(server, "asample 200")
+    many = sampler.sample(PROMPT, 80, types.SamplingParams(max_tokens=1500, stop=[]))
+    until_accepted(server, accepted)
+    behind = sampler.sample(PROMPT, 1, PARAMS)
+    deadline = time.monotonic() + PATIENCE
+    while not (told := [one.getMessage() for one in caplog.records if "Sampling is paused" in one.getMessage()]):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert re.search(r"\d+ sequences wait for tinkercloud/nano, which draws 64 at a time", told[0])
+    assert many.future().cancel()
+    assert len(behind.result(PATIENCE).sequences[0].tokens) == 8
+
+
 def test_a_sample_that_nobody_waits_for_is_cancelled(server, run):
     sampler = run.service.create_sampling_client(base_model=NANO).result(PATIENCE)
     before, accepted = counted(server, "cancel_future 200"), counted(server, "asample 200")
     sample = sampler.sample(PROMPT, 64, types.SamplingParams(max_tokens=1500, stop=[]))
     deadline = time.monotonic() + PATIENCE
-    while counted(server, "asample 200") == accepted:
-        assert time.monotonic() < deadline
+    until_accepted(server, accepted)
     time.sleep(0.5)  # the client has read the answer: without its request's id there is nothing that it could cancel
     assert sample.future().cancel()
     while counted(server, "cancel_future 200") == before:

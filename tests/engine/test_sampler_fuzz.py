@@ -3,6 +3,7 @@ mixed and cancelled, each is refused in words or answered, the engine goes on, a
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import numpy as np
@@ -22,7 +23,7 @@ from tests.fuzzing import fuzzing
 from tinkercloud.api.validate import sample_from
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.protobuf import encode_sample
-from tinkercloud.api.wire.reading import as_request
+from tinkercloud.api.wire.reading import as_request, json_object
 from tinkercloud.api.wire.results import as_json
 from tinkercloud.codec import decode, encode
 from tinkercloud.engine.base_model import EngineOptions
@@ -192,7 +193,8 @@ class Scenario:
 
     def sample(self, body: dict[str, object], sampler_id: str, raw: bool) -> None:
         try:
-            operation = sample_from(as_request(wire.Sample, body), sampler_id, self.sampler.info, raw)
+            given = as_request(wire.Sample, json_object(json.dumps(body).encode()))
+            operation = sample_from(given, sampler_id, self.sampler.info, raw)
         except InvalidRequest as error:
             assert str(error)
             event("refused")

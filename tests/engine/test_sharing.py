@@ -13,7 +13,17 @@ from tests.engine.examples import VOCAB
 from tests.engine.sampler_requests import prompt_of, sample
 from tinkercloud.codec import decode, encode
 from tinkercloud.engine import process
-from tinkercloud.engine.messages import LENGTH_BYTES, Answer, Ask, CycleDone, FromEngine, RunCycle, Stop, frame_length
+from tinkercloud.engine.messages import (
+    LENGTH_BYTES,
+    Answer,
+    Ask,
+    CycleDone,
+    FromEngine,
+    RunCycle,
+    Stop,
+    Working,
+    frame_length,
+)
 from tinkercloud.engine.operations import CreateModel, Datum, ForwardBackward, LoraConfig
 from tinkercloud.engine.results import LossOutput, SampleOutput
 
@@ -96,6 +106,9 @@ def test_a_large_batch_delays_a_token_by_one_micro_batch_at_most(told):
     assert {len(steps) for steps in between.split("t")[1:-1]} == {MICRO_BATCH // STEP}, "for as long as it took"
     (_, done) = [message for message in said if isinstance(message, CycleDone)]
     assert isinstance(done.results[0], LossOutput)
+    ends = [place for place, message in enumerate(said) if isinstance(message, CycleDone)]
+    working = [message for message in said[ends[0] + 1 : ends[1]] if isinstance(message, Working)]
+    assert len(working) >= DATUMS, "it is known not to be stuck"
 
 
 def test_a_flood_of_samples_leaves_training_half_of_the_time(told):

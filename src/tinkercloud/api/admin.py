@@ -8,6 +8,7 @@ must name the server by an address: a web page in the operator's browser can do 
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from tinkercloud.errors import Forbidden, InvalidRequest
 from tinkercloud.model_settings import ModelSettings
 from tinkercloud.setting_errors import sentences
 
+LOAD = ("running", "waiting", "places", "pages_used", "pages")
+"""Of a `Place`: what is of all samples."""
+
 DRAIN_SECONDS = 60
 """How long one request waits for a session to drain."""
 
@@ -45,17 +49,21 @@ router = APIRouter(prefix="/admin", tags=["administration"], dependencies=[Depen
 
 @router.get("/models")
 async def list_models(service: ServiceOf) -> dict[str, Any]:
-    """The base models that are served, the state of each, and what its adapters take once it has trained."""
+    """The base models that are served, the state of each, what its adapters take once it has trained, and how full its
+    sampler is (`sampling`; null while it is not loaded or busy for a second): sequences and pages of the KV cache."""
+    models = list(service.models)
+    loads = await asyncio.gather(*(served.desk.load() for served in models))
     return {
         "models": [
             {
                 "name": served.settings.name,
-                "state": served.engine.state,
+                "state": served.engine.status,
                 "source": served.settings.source,
                 "lazy": served.engine.lazy,
                 "adapters": to_builtins(served.engine.handle and served.engine.handle.adapters),
+                "sampling": load and {name: getattr(load, name) for name in LOAD},
             }
-            for served in service.models
+            for served, load in zip(models, loads, strict=True)
         ]
     }
 

@@ -16,8 +16,9 @@ router = APIRouter(tags=["server"])
 
 @router.get("/healthz", response_model=None)
 async def healthz(service: ServiceOf) -> Response:
-    """503 until every preloaded base model was ready once, then 200; always with the state of each engine. 503 with the
-    status "failed" when only a restart of the server helps."""
+    """503 until every preloaded base model was ready once, then 200; always with the state of each engine, which says
+    so when one has something to do and has come no further with it for a minute. 503 with the status "failed" when only
+    a restart of the server helps."""
     engines = service.models.states()
     if broken := service.models.broken:
         detail = "; ".join(f"{served.engine.name}: {served.conductor.failure}" for served in broken)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import typer
 from rich.markup import escape
@@ -32,6 +32,10 @@ MIN_DISK_BYTES = 1024 * MIB
 
 SERVER_SECONDS = 5.0
 """How long a server that listens at the port may take to say what it is."""
+
+
+SOUND_STATES = ("loading", "ready", "restarting", "idle", "stopping", "stopped")
+"""Of an engine; any other tells of something to be mended."""
 
 
 class Check(NamedTuple):
@@ -152,8 +156,11 @@ def machine(settings: Settings) -> Iterator[Check]:
             probe.bind((settings.host, settings.port))
         except OSError as error:
             where = f"{settings.host}:{settings.port}"
-            if status := _status_of_server(settings):
-                yield Check("port", True, f"{where}: a tinkercloud server is there ({status})")
+            if server := _running_server(settings):
+                yield Check("port", True, f"{where}: a tinkercloud server is there ({server['status']})")
+                for name, state in server["engines"].items():
+                    mend = "look into the server's log, which says what to do"
+                    yield Check(f"engine {name}", True, state, mend, warns=state not in SOUND_STATES)
             else:
                 mend = "stop the program that listens there, or give another --port"
                 yield Check("port", False, f"{where}: {error.strerror}", mend)
@@ -162,16 +169,17 @@ def machine(settings: Settings) -> Iterator[Check]:
             yield Check("port", True, port)
 
 
-def _status_of_server(settings: Settings) -> str | None:
-    """What a tinkercloud server at the settings' address says of itself; None if there is none."""
+def _running_server(settings: Settings) -> dict[str, Any] | None:
+    """What a tinkercloud server at the settings' address says of itself: `status`, and of each of its `engines` the
+    state. None if there is none."""
     import httpx
 
     try:
         url = server_url(settings.host, settings.port, tls=settings.tls_cert is not None)
         # Nothing secret is asked or sent, so it does not matter whose certificate it is.
         answer = httpx.get(f"{url}/api/v1/healthz", timeout=SERVER_SECONDS, trust_env=False, verify=False).json()
-        return str(answer["status"]) if "engines" in answer else None
-    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        return {"status": str(answer["status"]), "engines": {str(k): str(v) for k, v in answer["engines"].items()}}
+    except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError):
         return None
 
 

@@ -83,9 +83,10 @@ class BaseModels:
         return iter(list(self._served.values()))
 
     def states(self) -> dict[str, str]:
-        """State of each base model: loading, ready, restarting, idle (lazy and not loaded), failed: why."""
+        """State of each base model: loading, ready, restarting, idle (lazy and not loaded), failed: why. Of one that
+        computes and comes no further, also for how long."""
         failures = {served.engine.name: f"failed: {served.conductor.failure}" for served in self.broken}
-        return {name: served.engine.state for name, served in self._served.items()} | failures
+        return {name: served.engine.status for name, served in self._served.items()} | failures
 
     def known(self) -> list[tuple[str, BaseModelInfo | None]]:
         """(name, what is known of it) of each base model; None for a lazy one that was never loaded."""
@@ -166,6 +167,7 @@ class BaseModels:
             self._settings.data_dir,
             lazy=model.lazy,
             idle_seconds=self._settings.for_model(model, "idle_seconds"),
+            stuck_seconds=self._settings.for_model(model, "stuck_seconds"),
             on_progress=self._on_progress,
         )
         desk = SamplerDesk(engine, self._ledger, self._arrivals, self._storage, self._inflight, self._settings)

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import socket
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -66,6 +67,8 @@ class EngineHandle:
         self.steps: tuple[tuple[float, float], ...] = ()
         """(start, end) of the steps of its last cycle, in seconds since the epoch."""
         self._reading: asyncio.Task[None] | None = None
+        self.heard_at = 0.0
+        """When it last said anything, or was given something to do after it had nothing; on the monotonic clock."""
 
     async def start(self) -> BaseModelInfo:
         """Start the process and wait until its base model is loaded. EngineLoadError, EngineDied."""
@@ -89,6 +92,11 @@ class EngineHandle:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def silent_seconds(self) -> float:
+        """For how long it has had something to do and has come no further; 0 while it has nothing to do."""
+        return time.monotonic() - self.heard_at if self._waiting else 0.0
 
     async def run_cycle(self, operations: Sequence[bytes]) -> tuple[Result, ...]:
         """Run operations of different models; results in the same order. EngineDied."""
@@ -118,9 +126,15 @@ class EngineHandle:
                 self._process.kill(connected=True)
         await self._reading
 
+    def kill(self) -> None:
+        """End the process now, whatever it does; `died` is set when it has ended."""
+        self._process.kill(connected=True)
+
     def _expect(self) -> tuple[int, asyncio.Future]:
         if self.died.is_set():
             raise EngineDied(self._options.name)
+        if not self._waiting:
+            self.heard_at = time.monotonic()
         message_id = next(self._ids)
         future = asyncio.get_running_loop().create_future()
         self._waiting[message_id] = future
@@ -141,6 +155,7 @@ class EngineHandle:
             await self._ended()
 
     def _receive(self, message: FromEngine) -> None:
+        self.heard_at = time.monotonic()
         match message:
             case Progress():
                 self._on_progress(message.fraction, message.text)

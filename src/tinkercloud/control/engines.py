@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle, EngineLoadError
+from tinkercloud.control.silence import silence_of, watch
 from tinkercloud.control.suspects import Lane
 from tinkercloud.engine.base_model import BaseModelInfo, EngineOptions
 from tinkercloud.errors import InvalidRequest, Unavailable
@@ -32,12 +33,19 @@ class KeptEngine:
     """One base model: how to load it, what is known of it, and the engine process that has it now."""
 
     def __init__(
-        self, options: EngineOptions, data_dir: Path, lazy: bool, idle_seconds: float, on_progress: OnProgress
+        self,
+        options: EngineOptions,
+        data_dir: Path,
+        lazy: bool,
+        idle_seconds: float,
+        stuck_seconds: float,
+        on_progress: OnProgress,
     ):
         self.options = options
         self._data_dir = data_dir
         self.lazy = lazy
         self.idle_seconds = idle_seconds
+        self.stuck_seconds = stuck_seconds
         self.state = "idle"
         """idle, loading, ready, restarting, stopping, stopped, or failed: and why"""
         self.info: BaseModelInfo | None = None
@@ -55,6 +63,12 @@ class KeptEngine:
     @property
     def name(self) -> str:
         return self.options.name
+
+    @property
+    def status(self) -> str:
+        """The state as users see it: with what is to be known of an engine that does not go on."""
+        silence = silence_of(self._handle)
+        return f"{self.state}, but {silence}" if silence else self.state
 
     @property
     def failure(self) -> str | None:
@@ -154,7 +168,7 @@ class KeptEngine:
                 self._handle = handle
                 await self._enter("ready")
                 log.info("engine %s ready (pid %d) after %.1f s", self.name, handle.pid, time.monotonic() - started)
-                await handle.died.wait()
+                await watch(self.name, handle, self.stuck_seconds)
             except EngineLoadError as error:
                 await self._enter(f"failed: {error}")
                 return

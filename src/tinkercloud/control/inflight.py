@@ -4,7 +4,8 @@ Each save makes a sampler of its own, whose record names the run that it follows
 the run's newest, and its folder has the weights of all of them. So there is nothing to keep but the records.
 
 Weights that cannot be opened are nobody's but their own sampler's, until they can: the run's others go on with those
-before, which are as new as the saves that made them promised.
+before, which are as new as the saves that made them promised. So the folder of older weights goes when newer ones have
+been opened, and not before; until then it stays over restarts too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from collections.abc import Iterable
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.recent import LRU
 from tinkercloud.ledger.records import SamplerRecord
+
+SUPERSEDED = 100
+"""Samplers whose folders are removed together when newer weights have been opened: more are there only after as many
+saves that could not be opened."""
 
 RUNS = 1000
 """How many runs' newest samplers are remembered; those of others are looked up in the ledger."""
@@ -54,6 +59,14 @@ class InflightWeights:
         if weights.follows is not None:
             self._unreadable.drop(weights.folder)
             self.publish(weights)
+
+    async def superseded(self, weights: SamplerRecord) -> list[str]:
+        """The folders that nobody needs any more when these weights are open; most are gone already."""
+        if weights.follows is None:
+            return []
+        samplers = await self._ledger.find(SamplerRecord, follows=weights.follows, limit=SUPERSEDED)
+        older = {one.folder for one in samplers if one.version < weights.version}
+        return sorted(older - {weights.folder})
 
     async def leave(self, sampler: SamplerRecord) -> bool:
         """An inflight sampler is about to be removed from the ledger: if it has its run's weights, another one that

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict
+from contextlib import suppress
 
 from tinkercloud.codec import encode
 from tinkercloud.config import Settings
@@ -29,8 +30,8 @@ from tinkercloud.ledger.timeline import Times
 
 log = logging.getLogger(__name__)
 
-PLACE_SECONDS = 1.0
-"""How long an engine may take to say where a sample stands: it may be busy with a batch."""
+ANSWER_SECONDS = 1.0
+"""How long an engine is waited for that need not answer now: it may be busy with a batch, or not go on at all."""
 
 CANCELLED = Failure("the sample was cancelled", "user")
 
@@ -114,18 +115,22 @@ class SamplerDesk:
             return
         self._cancelled[request_id].set()  # for one that has not reached the engine yet
         if self._opened_in is not None:
-            try:
-                await self._opened_in.ask(encode(CancelSample(request_id)))
-            except EngineDied:
-                return  # gone with the engine, and it does not run again on the next one
+            with suppress(EngineDied):  # gone with the engine, and it does not run again on the next one
+                await self._tell(self._opened_in, CancelSample(request_id))
 
     async def place(self, request_id: str) -> Place | None:
         """Where a sample stands in the engine; None if that is not known now."""
-        engine = self._opened_in
-        if request_id not in self._tasks or engine is None:
+        return await self._find(self._opened_in, request_id) if request_id in self._tasks else None
+
+    async def load(self) -> Place | None:
+        """What all samples take in the engine; None if it is not loaded, or does not say so at once."""
+        return await self._find(self._engine.handle, "")
+
+    async def _find(self, engine: EngineHandle | None, request_id: str) -> Place | None:
+        if engine is None:
             return None
         try:
-            async with asyncio.timeout(PLACE_SECONDS):
+            async with asyncio.timeout(ANSWER_SECONDS):
                 found = await engine.ask(encode(FindSample(request_id)))
         except (TimeoutError, EngineDied):
             return None
@@ -138,32 +143,33 @@ class SamplerDesk:
             return
         self._closing.discard(sampler_id)
         if self._opened.pop(sampler_id, None) is not None and self._opened_in is not None:
-            try:
-                await self._opened_in.ask(encode(CloseSampler(sampler_id)))
-            except EngineDied:
-                return  # gone with the engine
+            with suppress(EngineDied):
+                await self._tell(self._opened_in, CloseSampler(sampler_id))
 
-    def publish(self, sampler: SamplerRecord, replaced: list[str]) -> None:
+    async def _tell(self, engine: EngineHandle, operation: CancelSample | CloseSampler) -> None:
+        """Have something done before whatever the engine is asked next. EngineDied."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await engine.ask(encode(operation))
+
+    def publish(self, sampler: SamplerRecord) -> None:
         """An inflight sampler is in the ledger: from now on its run's samples are of its weights, running ones too as
-        soon as the engine has them. Then the `replaced` folders of the weights before go."""
+        soon as the engine has them. Then the folders of the weights before go."""
         self.inflight.publish(sampler)
-        task = asyncio.create_task(self._publish(sampler, replaced), name=f"publish {sampler.sampler_id}")
+        task = asyncio.create_task(self._publish(sampler), name=f"publish {sampler.sampler_id}")
         self._publishing.add(task)
         task.add_done_callback(self._publishing.discard)
 
-    async def _publish(self, sampler: SamplerRecord, replaced: list[str]) -> None:
+    async def _publish(self, sampler: SamplerRecord) -> None:
         engine = self._engine.handle
+        if engine is None:
+            return  # the next one opens the newest weights
         try:
-            opened = None if engine is None else await self._open(engine, sampler)
+            await self._open(engine, sampler)
         except EngineDied:
-            opened = None  # the next one opens the newest weights
+            return
         except Exception:
             log.exception("inflight weights of %s could not be opened; the next sample opens them", sampler.follows)
-            return
-        if isinstance(opened, Failure):
-            return  # those before are the run's still
-        for folder in replaced:
-            await self._storage.remove(folder)
 
     async def stop(self) -> None:
         """Let go of the running samples: they are in the ledger and run again after the next start."""
@@ -285,6 +291,8 @@ class SamplerDesk:
             opened = await engine.ask(encode(OpenSampler(sampler.sampler_id, weights.folder, shared, sampler.owner)))
             if not isinstance(opened, Failure):
                 self.inflight.opened(weights)
+                for folder in await self.inflight.superseded(weights):
+                    await self._storage.remove(folder)
                 return opened
             if opened.category == "server":
                 return opened  # it may work the next time

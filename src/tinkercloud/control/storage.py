@@ -34,7 +34,6 @@ from tinkercloud.control.folders import (
     session_part,
     snapshots_folder,
 )
-from tinkercloud.control.inflight import newest_of
 from tinkercloud.control.outcomes import LoadDetails, details_of
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.files import link_files
@@ -245,10 +244,11 @@ def named_folders(
     pending = set(pending_streams)
     sampled = {sampler.follows or sampler.sampler_id for sampler in samplers if sampler.sampler_id in pending}
     # The end of a session ends its ephemeral samplers, when the accepted samples of their weights have ended; a
-    # checkpoint stays for as long as any sampler was made from it.
+    # checkpoint stays for as long as any sampler was made from it. Older inflight weights are those of their run
+    # where the newest cannot be opened.
     named |= {
         sampler.folder
-        for sampler in newest_of(samplers)
+        for sampler in samplers
         if sampler.model_path is not None
         or sampler.session_id not in finished
         or (sampler.follows or sampler.sampler_id) in sampled

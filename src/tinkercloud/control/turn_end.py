@@ -47,7 +47,7 @@ class TurnEnd:
             return None
         run.ended(entry)
         if saved is not None:
-            self._desk.publish(saved, [])  # the weights before go at the next start
+            self._desk.publish(saved)
         return entry
 
     async def _record(self, run: TrainingRun, result: Result, times: Times | None, build: str | None) -> Entry:
@@ -71,22 +71,18 @@ class TurnEnd:
         run.ended(ended)
         for record in records:
             if isinstance(record, SamplerRecord) and record.follows is not None:
-                self._desk.publish(record, replaced)
-                replaced = []
+                self._desk.publish(record)
         for folder in replaced:
             await self._storage.free(folder)
         return ended
 
     async def _replaced(self, records: list[CatalogRecord]) -> list[str]:
-        """The folders of the checkpoints and inflight weights in whose place these records are stored."""
+        """The folders of the checkpoints in whose place these records are stored."""
         replaced: list[str] = []
         for new in records:
-            old: CheckpointRecord | SamplerRecord | None = None
             if isinstance(new, CheckpointRecord):
                 old = await self._ledger.get(CheckpointRecord, new.path)
-            elif isinstance(new, SamplerRecord) and new.follows is not None:
-                old = await self._desk.inflight.newest(new.follows)
-            # A save that runs again after a crash has the folder that its record may name already.
-            if old is not None and old.folder != new.folder:
-                replaced.append(old.folder)
+                # A save that runs again after a crash has the folder that its record may name already.
+                if old is not None and old.folder != new.folder:
+                    replaced.append(old.folder)
         return replaced

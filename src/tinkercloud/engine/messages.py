@@ -80,7 +80,11 @@ class Answer(Struct, frozen=True, tag="answer"):
     result: Result
 
 
-FromEngine = Progress | Ready | LoadFailed | CycleDone | Answer
+class Working(Struct, frozen=True, tag="working"):
+    """The thread that computes has come further, and has not said so for a while."""
+
+
+FromEngine = Progress | Ready | LoadFailed | CycleDone | Answer | Working
 
 
 def frame(message: ToEngine | FromEngine) -> bytes:

@@ -28,6 +28,7 @@ from tinkercloud.engine.messages import (
     Start,
     Stop,
     ToEngine,
+    Working,
     frame,
     receive,
 )
@@ -44,6 +45,9 @@ from tinkercloud.engine.operations import (
 from tinkercloud.engine.protocol import Sampler, Trainer
 
 log = logging.getLogger(__name__)
+
+WORKING_SECONDS = 1.0
+"""How often an engine that computes says that it has come further, if its steps and micro-batches are no longer."""
 
 
 class Engine:
@@ -64,6 +68,7 @@ class Engine:
         self._stopping = False
         self._turn_started = 0.0
         self._steps: list[tuple[float, float]] = []
+        self._said = 0.0
 
     def serve(self) -> None:
         """Run until told to stop."""
@@ -101,6 +106,7 @@ class Engine:
     def _sampling_turn(self) -> None:
         started = time.monotonic()
         self._note_step(started)
+        self._has_come_further(started)
         share = started - self._turn_started
         self._take_messages(wait=False)
         while self._sampler.busy:
@@ -113,6 +119,12 @@ class Engine:
     def _step_sampler(self) -> None:
         for request_id, result in self._sampler.step():
             self._send(Answer(self._asks.pop(request_id), result))
+        self._has_come_further(time.monotonic())
+
+    def _has_come_further(self, now: float) -> None:
+        if now - self._said >= WORKING_SECONDS:
+            self._said = now
+            self._send(Working())
 
     def _ask(self, ask: Ask) -> None:
         operation = decode(ask.operation, SampleOperation)
@@ -129,7 +141,7 @@ class Engine:
             case FindSample():
                 self._send(Answer(ask.ask_id, self._sampler.find(operation)))
 
-    def _send(self, message: CycleDone | Answer) -> None:
+    def _send(self, message: CycleDone | Answer | Working) -> None:
         self._socket.sendall(frame(message))
 
 

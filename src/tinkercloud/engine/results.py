@@ -85,14 +85,20 @@ class SampleOutput(Struct, frozen=True, tag="sampled"):
 
 
 class Place(Struct, frozen=True, tag="place"):
-    """Where a sample stands."""
+    """Where a sample stands, and what all of them take."""
 
     has_begun: bool
     """Also of one that has ended, or is not known."""
     waiting: int
     """Sequences that wait, its own among them."""
     places: int
-    """Sequences that run together."""
+    """Sequences that run together at most."""
+    running: int
+    """Sequences that run now."""
+    pages_used: int
+    """Pages of the KV cache that they hold."""
+    pages: int
+    """Pages that there are."""
 
 
 class Failure(Struct, frozen=True, tag="failure"):

@@ -87,8 +87,8 @@ def test_a_small_cache_says_what_it_holds_and_how_many_decode(base_model, caplog
     decoding, pages = (record.getMessage() for record in caplog.records)
     # A state is 3 rows of 128 numbers and 4 heads of 16 x 16, in float32: 5632 bytes, so three fit in 20000.
     assert decoding.startswith("at most 3 sequences of qwen3_5 decode together, not max_decode_batch = 8")
-    # 40000 - 3 * 5632 bytes hold five pages of 16 tokens of 64 numbers.
+    # 40000 - 3 * 5632 bytes hold five pages of 16 tokens of 64 numbers, one of them of zeros.
     assert pages.startswith(
-        "kv_cache_bytes = 40000 holds, beside 16896 bytes for decode windows and states, 80 tokens of qwen3_5, less "
+        "kv_cache_bytes = 40000 holds, beside 16896 bytes for decode windows and states, 64 tokens of qwen3_5, less "
         "than one context of 256"
     )

@@ -18,7 +18,7 @@ W = TypeVar("W", bound=BaseModel)
 async def read_json(request: Request) -> dict[str, Any]:
     """The body's JSON object. Raises `Unreadable`."""
     body = await read_body(request)
-    given = await off_loop(len(body), _parse, body)
+    given = await off_loop(len(body), json_object, body)
     if hasattr(request.state, "event"):  # the audit log says what it was about
         request.state.given = given
     return given
@@ -27,7 +27,8 @@ async def read_json(request: Request) -> dict[str, Any]:
 _FORWARD_ONLY = re.compile(rb'"forward_only"\s*:\s*true\b')
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+def json_object(body: bytes) -> dict[str, Any]:
+    """What a body says. Raises `Unreadable`."""
     try:
         value = from_json(body or b"{}", allow_inf_nan=False)
     except ValueError as error:

@@ -167,10 +167,13 @@ class TorchSampler:
         return Done()
 
     def find(self, operation: FindSample) -> Place:
-        """Whether a request has begun, and how many sequences wait."""
+        """Whether a request has begun, how many sequences run and wait, and the pages that they hold."""
         request = self._requests.get(operation.request_id)
         begun = request is None or any(one.pages or one.generated for one in request.sequences)
-        return Place(begun, self._batch.num_waiting, self._batch.max_sequences)
+        batch, cache = self._batch, self._cache
+        return Place(
+            begun, batch.num_waiting, batch.max_sequences, batch.num_running, cache.used, cache.used + cache.free
+        )
 
     @property
     def busy(self) -> bool:
@@ -369,13 +372,13 @@ def _cache_for(model: BaseModel, layers: Mapping[int, LayerShape], room: int, kv
     """A cache of `room` bytes, what windows and states leave of `kv_cache_bytes`, but of at least one whole context, so
     that whatever the context allows also fits."""
     page_bytes = PAGE_TOKENS * sum(shape.numbers for shape in layers.values()) * model.dtype.itemsize
-    pages = max(0, room // page_bytes)
+    pages = max(0, room // page_bytes - 1)  # and one of zeros
     least = pages_for(model.info.max_context)
     if pages < least:
         log.warning(
             "kv_cache_bytes = %d holds, beside %d bytes for decode windows and states, %d tokens of %s, less than one "
             "context of %d; taking %d bytes instead (a smaller max_context needs less)",
             kv_cache_bytes, kv_cache_bytes - room, pages * PAGE_TOKENS, model.info.name, model.info.max_context,
-            kv_cache_bytes - room + least * page_bytes,
+            kv_cache_bytes - room + (least + 1) * page_bytes,
         )  # fmt: skip
     return KVCache(layers, max(pages, least), model.dtype, model.device)
