@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.engine.families.conftest import every_day
-from tinkercloud.engine.torch.sampler import TorchSampler
 from tinkercloud.engine.base_model import EngineOptions
 from tinkercloud.engine.operations import OpenSampler, Sample, SamplingParams
 from tinkercloud.engine.results import SampleOutput
+from tinkercloud.engine.torch.sampler import TorchSampler
 
 BUDGET = 2**18
 
