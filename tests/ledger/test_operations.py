@@ -10,8 +10,9 @@ from tests.ledger.conftest import MODEL, Clock, OpenLedger, model_record
 from tinkercloud.codec import decode
 from tinkercloud.engine.operations import LoraConfig
 from tinkercloud.engine.results import Failure
-from tinkercloud.ledger import Ledger
+from tinkercloud.ledger import Ledger, entries, recent
 from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SamplerRecord, SnapshotRecord
+from tinkercloud.ledger.retention import UNRETRIEVED_RETENTION
 from tinkercloud.ledger.segments import Corrupt
 from tinkercloud.ledger.writer import SMALL_BYTES
 
@@ -94,6 +95,28 @@ async def test_completions_come_in_order_of_completion_for_each_client(ledger: L
         numbers = [entry.completion for entry in ended]
         assert numbers == sorted(set(numbers))
         assert await ledger.completions("sampler", client, after=numbers[2]) == ended[3:]
+
+
+async def test_completions_are_the_same_from_memory_and_from_the_database(
+    ledger: Ledger, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is in memory: before and behind what is kept there, with others between, told of twice, expired."""
+    monkeypatch.setattr(recent, "ENDS", 5)
+    dice = random.Random(1)
+    waiting = [(stream, seq_id) for stream in "ab" for seq_id in (*range(20), *range(10**9, 10**9 + 10))]
+    for stream, seq_id in waiting:
+        await ledger.append(stream, seq_id, "sample", b"")
+    dice.shuffle(waiting)
+    for number, (stream, seq_id) in enumerate(waiting):
+        ended = await ledger.complete(f"{stream}:{seq_id}", b"r")
+        await ledger.complete(f"{stream}:{seq_id}", b"r")
+        if number == 30:
+            clock.now += UNRETRIEVED_RETENTION + 1
+            assert await ledger.expire() == 31
+        for after in range(max(0, ended.completion - 12), ended.completion + 1):
+            for name, client in (("a", 0), ("a", 1), ("b", 0), ("b", 1)):
+                found = await ledger.completions(name, client, after)
+                assert found == await ledger._readers.read(entries.completions, name, client, after)
 
 
 async def test_completion_numbers_go_on_after_a_restart(open_ledger: OpenLedger) -> None:

@@ -237,7 +237,8 @@ class Ledger:
 
     async def completions(self, stream: str, client: int, after: int) -> list[Entry]:
         """A sampler's ended operations of one client (seq_id // 10**9), behind the completion `after`, in order."""
-        return await self._readers.read(entries.completions, stream, client, after)
+        known = self._recent.ends(stream, client, after)
+        return await self._readers.read(entries.completions, stream, client, after) if known is None else known
 
     async def highest_seq(self, stream: str) -> int:
         """-1 for an empty log."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
 from msgspec.structs import replace
 
+from tinkercloud.ledger.entries import CLIENT_SEQ_IDS
 from tinkercloud.ledger.records import Entry
 
 BLOB_BYTES = 64 * 2**20
@@ -18,6 +19,9 @@ ENTRIES = 20_000
 
 RECORDS = 10_000
 """Recent sessions, models, samplers and checkpoints."""
+
+CLIENTS, ENDS = 400, 256
+"""Clients whose samples have ended lately, and how many of these each."""
 
 T = TypeVar("T")
 
@@ -57,6 +61,27 @@ class LRU(Generic[T]):
         self.size = 0
 
 
+class Ends:
+    """The samples of one client of a sampler that have ended last, in order of completion: all behind `since`."""
+
+    def __init__(self, first: Entry) -> None:
+        self.since = first.completion - 1
+        self._entries = deque([first])
+
+    def add(self, entry: Entry) -> None:
+        """One that is told of again changes nothing."""
+        if entry.completion > self._entries[-1].completion:
+            if len(self._entries) == ENDS:
+                self.since = self._entries.popleft().completion
+            self._entries.append(entry)
+
+    def after(self, completion: int) -> list[Entry] | None:
+        """Those behind this one; None if there may be others, which are not in memory."""
+        if completion < self.since:
+            return None
+        return [entry for entry in self._entries if entry.completion > completion]
+
+
 class Recent:
     """Entries, blobs and records as the newest commit left them.
 
@@ -67,25 +92,35 @@ class Recent:
     def __init__(self) -> None:
         self.entries: LRU[Entry] = LRU(ENTRIES)
         self.blobs: LRU[bytes] = LRU(BLOB_BYTES)
+        self._ends: LRU[Ends] = LRU(CLIENTS)
         self._records: LRU[tuple[Any]] = LRU(RECORDS)
         self.version = 0
 
     def appended(self, entry: Entry, payload: bytes) -> None:
         self._entry(entry)
+        self._ended(entry)
         if not entry.repeated and entry.state == "accepted":
             self.blobs.put((entry.request_id, "payload"), payload, len(payload))
 
     def completed(self, entry: Entry, outcome: bytes) -> None:
         self._entry(entry)
+        self._ended(entry)
         if not entry.repeated:
             self.blobs.drop((entry.request_id, "payload"))
             self.blobs.put((entry.request_id, "outcome"), outcome, len(outcome))
 
     def expired(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
+            stream, _, seq_id = request_id.rpartition(":")
+            self._ends.drop((stream, int(seq_id) // CLIENT_SEQ_IDS))
             self.entries.drop(request_id)
             self.blobs.drop((request_id, "payload"))
             self.blobs.drop((request_id, "outcome"))
+
+    def ends(self, stream: str, client: int, after: int) -> list[Entry] | None:
+        """What has ended of a client's samples (`entries.completions`) behind a completion, if that is known."""
+        known = self._ends.get((stream, client))
+        return None if known is None else known.after(after)
 
     def record(self, kind: type, key: tuple[Any, ...]) -> tuple[Any] | None:
         """(the record, or None where there is none such,) if it is known."""
@@ -104,8 +139,20 @@ class Recent:
     def forget(self) -> None:
         """Anything may have changed."""
         self.version += 1
-        for each in (self.entries, self.blobs, self._records):
+        for each in (self.entries, self.blobs, self._ends, self._records):
             each.clear()
+
+    def _ended(self, entry: Entry) -> None:
+        """Numbers of completion only grow, and so do those of the commits whose results come here: what is behind the
+        first one that is known of a client has all come here too."""
+        if entry.kind != "sample" or entry.repeated or not entry.completion:
+            return
+        key = (entry.stream, entry.seq_id // CLIENT_SEQ_IDS)
+        known = self._ends.get(key)
+        if known is None:
+            self._ends.put(key, Ends(entry))
+        else:
+            known.add(entry)
 
     def _entry(self, entry: Entry) -> None:
         self.entries.put(entry.request_id, replace(entry, repeated=False) if entry.repeated else entry)
