@@ -12,34 +12,35 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from msgspec import structs
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from tinkercloud.base_models import hub_refusal
 from tinkercloud.engine.base_model import BaseModelInfo, EngineOptions
-from tinkercloud.engine.fingerprint import fingerprint_of
 from tinkercloud.engine.operations import OperationError
 from tinkercloud.engine.peft_layout import EXPERT_PARAMETERS, PARTS
 from tinkercloud.engine.torch.activations import Recomputation, activation_memory
-from tinkercloud.engine.torch.attention import IMPLEMENTATION, Attention, CurrentAttention, PackedAttention
-from tinkercloud.engine.torch.build import build_of
+from tinkercloud.engine.torch.attention import Attention, CurrentAttention, PackedAttention
 from tinkercloud.engine.torch.decoder import standard_decoder
 from tinkercloud.engine.torch.experts import AdaptedLayer, Experts, ExpertsLinear, are_fused_experts, can_adapt
 from tinkercloud.engine.torch.kernels.compiled import kernels_for
 from tinkercloud.engine.torch.latent_attention import LatentAttention, is_latent_attention
 from tinkercloud.engine.torch.linear_attention import GatedDeltaNet, is_gated_delta_net
+from tinkercloud.engine.torch.loading import (
+    config_of,
+    device_of,
+    dtype_of,
+    fingerprint_in,
+    folder_of,
+    info_of,
+    weights_of,
+)
 from tinkercloud.engine.torch.lora import BASE_ONLY, CurrentLora, LoraBatch, LoraLinear
 from tinkercloud.engine.torch.packing import row_multiple_of
 from tinkercloud.engine.torch.products import LEAST_ROWS, filled, is_narrow
-from tinkercloud.engine.torch.quantized import QuantizedLoraLinear, is_quantized, quantization_of
+from tinkercloud.engine.torch.quantized import QuantizedLoraLinear, is_quantized
 from tinkercloud.engine.torch.threads import ThreadChoice
-
-FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-"""What a base model needs of a hub repository: no pickles, no code."""
 
 ROUTERS = re.compile(r"(gate|router)$")
 """Names of the modules that choose experts or weigh them: frozen, as docs/models.md says."""
@@ -175,17 +176,17 @@ class BaseModel:
         if options.threads:
             torch.set_num_threads(options.threads)
         report(0.0, "finding files")
-        folder = _folder_of(options)
-        config = _config_of(folder, options)
-        device = _device_of(options.device)
-        dtype = _dtype_of(options.dtype, device)
+        folder = folder_of(options)
+        config = config_of(folder, options)
+        device = device_of(options.device)
+        dtype = dtype_of(options.dtype, device)
         report(0.2, "loading weights")
         disable_progress_bar()  # transformers' own; whoever asked for `progress` shows it
-        model = _weights_of(folder, config, options, device, dtype)
+        model = weights_of(folder, config, options, device, dtype)
         report(0.8, "reading weights for their fingerprint")
-        fingerprint = _fingerprint_of(folder, fingerprints)
+        fingerprint = fingerprint_in(folder, fingerprints)
         report(0.9, "checking")
-        base = cls(model, _info_of(model, folder, fingerprint, options, device, dtype))
+        base = cls(model, info_of(model, folder, fingerprint, options, device, dtype))
         base._check_finite()
         base._check_packing()
         base._check_whole()
@@ -282,146 +283,3 @@ def _is_projection(path: str, module: nn.Module) -> bool:
 def _distance(left: Tensor, right: Tensor) -> float:
     """Largest difference, relative to the largest entry."""
     return ((left - right).abs().max() / right.abs().max().clamp_min(1e-6)).item()
-
-
-def _folder_of(options: EngineOptions) -> Path:
-    source = Path(options.source).expanduser()
-    if source.is_dir():
-        folder = source.resolve()
-    elif source.is_absolute() or options.source.startswith((".", "~")) or options.source.count("/") > 1:
-        raise OperationError(f"there is no folder {options.source}")
-    else:
-        patterns = [*FILES, "*.py"] if options.trust_remote_code else FILES
-        try:
-            folder = Path(snapshot_download(options.source, allow_patterns=patterns))
-        except Exception as error:
-            raise OperationError(
-                f"it is no folder and not in the Hugging Face cache; {hub_refusal(error)}; correct the name, or with a "
-                f"network: hf download {options.source}"
-            ) from error
-    if not (folder / "config.json").is_file():
-        raise OperationError(f"{folder} has no config.json, so it is not a transformers model")
-    if not any(folder.glob("*.safetensors")):
-        raise OperationError(f"{folder} has no *.safetensors file; other formats are not loaded")
-    return folder
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _config_of(folder: Path, options: EngineOptions) -> PreTrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        raise OperationError(f"transformers does not know this model: {_one_line(error)}") from error
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    of_layers = [part for part in rope.values() if isinstance(part, dict)]
-    kinds = {part.get("rope_type") for part in of_layers or [rope]} & {"longrope", "dynamic"}
-    if kinds:
-        raise OperationError(
-            f"its rotary embedding ({kinds.pop()}) depends on the longest sequence in a batch, so a client's "
-            "numbers would depend on others'"
-        )
-    own = getattr(text, "max_position_embeddings", None) or 0
-    if options.max_context > own > 0:
-        raise OperationError(f"max_context {options.max_context} is above the model's own {own}")
-    return config
-
-
-def _device_of(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OperationError(f"device {name!r} cannot be used: {error}") from error
-    return device
-
-
-def _dtype_of(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = getattr(torch, name, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise OperationError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
-    return dtype
-
-
-def _weights_of(
-    folder: Path, config: PreTrainedConfig, options: EngineOptions, device: torch.device, dtype: torch.dtype
-) -> PreTrainedModel:
-    quantization = quantization_of(options.quantization, config)
-    # Quantised one by one where they will be, so that the whole in `dtype` need never fit.
-    quantized = {"quantization_config": quantization, "device_map": {"": str(device)}} if quantization else {}
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=IMPLEMENTATION,
-            use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-            **quantized,
-        )
-    except SafetensorError as error:
-        raise OperationError(f"a weight file in {folder} is damaged or cut short ({error}); fetch it again") from error
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
-        raise OperationError(f"it cannot be loaded as a causal language model: {_one_line(error)}") from error
-    if loading["missing_keys"]:
-        raise OperationError(
-            f"its files lack {len(loading['missing_keys'])} weights, such as {min(loading['missing_keys'])}"
-        )
-    if not isinstance(model.get_output_embeddings(), nn.Linear):
-        raise OperationError(f"{type(model).__name__} has no linear unembedding")
-    return model if quantization else model.to(device)
-
-
-def _info_of(
-    model: PreTrainedModel,
-    folder: Path,
-    fingerprint: str,
-    options: EngineOptions,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> BaseModelInfo:
-    config = model.config.get_text_config()
-    architectures = model.config.architectures or [type(model).__name__]
-    max_context = options.max_context or getattr(config, "max_position_embeddings", None)
-    if not max_context:
-        raise OperationError("it does not say how long its context is; set max_context")
-    return BaseModelInfo(
-        name=options.name,
-        folder=str(folder),
-        architecture=architectures[0],
-        vocab_size=model.get_input_embeddings().num_embeddings,
-        max_context=max_context,
-        max_rank=options.max_rank,
-        lora_alpha=options.lora_alpha,
-        eos_tokens=_eos_tokens_of(folder, config),
-        num_parameters=model.num_parameters(),
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        quantization=options.quantization,
-        build=build_of(device, dtype, options.logits_bytes, options.quantization),
-        fingerprint=fingerprint,
-    )
-
-
-def _fingerprint_of(folder: Path, remembered: Path | None) -> str:
-    try:
-        return fingerprint_of(folder, remembered)
-    except (OSError, ValueError, LookupError) as error:
-        raise OperationError(f"{folder}: its files are damaged ({type(error).__name__}: {error})") from None
-
-
-def _eos_tokens_of(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
-    """generation_config.json's end-of-sequence ids, then the config's, without repeats."""
-    found = [config.eos_token_id]
-    if (folder / "generation_config.json").is_file():
-        found.insert(0, GenerationConfig.from_pretrained(folder).eos_token_id)
-    ids = [token for entry in found for token in (entry if isinstance(entry, list) else [entry]) if token is not None]
-    return tuple(dict.fromkeys(ids))

@@ -1,0 +1,172 @@
+"""A base model's files: found or fetched, and read by transformers, with what is wrong with them in sentences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from tinkercloud.base_models import hub_refusal
+from tinkercloud.engine.base_model import BaseModelInfo, EngineOptions
+from tinkercloud.engine.fingerprint import fingerprint_of
+from tinkercloud.engine.operations import OperationError
+from tinkercloud.engine.torch.attention import IMPLEMENTATION
+from tinkercloud.engine.torch.build import build_of
+from tinkercloud.engine.torch.quantized import quantization_of
+
+FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+"""What a base model needs of a hub repository: no pickles, no code."""
+
+
+def folder_of(options: EngineOptions) -> Path:
+    """Where a model's files are, fetched from the hub if need be. OperationError."""
+    source = Path(options.source).expanduser()
+    if source.is_dir():
+        folder = source.resolve()
+    elif source.is_absolute() or options.source.startswith((".", "~")) or options.source.count("/") > 1:
+        raise OperationError(f"there is no folder {options.source}")
+    else:
+        patterns = [*FILES, "*.py"] if options.trust_remote_code else FILES
+        try:
+            folder = Path(snapshot_download(options.source, allow_patterns=patterns))
+        except Exception as error:
+            raise OperationError(
+                f"it is no folder and not in the Hugging Face cache; {hub_refusal(error)}; correct the name, or with a "
+                f"network: hf download {options.source}"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise OperationError(f"{folder} has no config.json, so it is not a transformers model")
+    if not any(folder.glob("*.safetensors")):
+        raise OperationError(f"{folder} has no *.safetensors file; other formats are not loaded")
+    return folder
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def config_of(folder: Path, options: EngineOptions) -> PreTrainedConfig:
+    """A model's configuration, if its positions do not depend on the batch. OperationError."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise OperationError(f"transformers does not know this model: {_one_line(error)}") from error
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    of_layers = [part for part in rope.values() if isinstance(part, dict)]
+    kinds = {part.get("rope_type") for part in of_layers or [rope]} & {"longrope", "dynamic"}
+    if kinds:
+        raise OperationError(
+            f"its rotary embedding ({kinds.pop()}) depends on the longest sequence in a batch, so a client's "
+            "numbers would depend on others'"
+        )
+    own = getattr(text, "max_position_embeddings", None) or 0
+    if options.max_context > own > 0:
+        raise OperationError(f"max_context {options.max_context} is above the model's own {own}")
+    return config
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a setting. OperationError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OperationError(f"device {name!r} cannot be used: {error}") from error
+    return device
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """The type of a setting, on a device. OperationError."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise OperationError(f"dtype {name!r} is not one of auto, float32, bfloat16, float16")
+    return dtype
+
+
+def weights_of(
+    folder: Path, config: PreTrainedConfig, options: EngineOptions, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model with its weights, where it will run. OperationError."""
+    quantization = quantization_of(options.quantization, config)
+    # Quantised one by one where they will be, so that the whole in `dtype` need never fit.
+    quantized = {"quantization_config": quantization, "device_map": {"": str(device)}} if quantization else {}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=IMPLEMENTATION,
+            use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+            **quantized,
+        )
+    except SafetensorError as error:
+        raise OperationError(f"a weight file in {folder} is damaged or cut short ({error}); fetch it again") from error
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+        raise OperationError(f"it cannot be loaded as a causal language model: {_one_line(error)}") from error
+    if loading["missing_keys"]:
+        raise OperationError(
+            f"its files lack {len(loading['missing_keys'])} weights, such as {min(loading['missing_keys'])}"
+        )
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise OperationError(f"{type(model).__name__} has no linear unembedding")
+    return model if quantization else model.to(device)
+
+
+def info_of(
+    model: PreTrainedModel,
+    folder: Path,
+    fingerprint: str,
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> BaseModelInfo:
+    """What the server is told of the model. OperationError."""
+    config = model.config.get_text_config()
+    architectures = model.config.architectures or [type(model).__name__]
+    max_context = options.max_context or getattr(config, "max_position_embeddings", None)
+    if not max_context:
+        raise OperationError("it does not say how long its context is; set max_context")
+    return BaseModelInfo(
+        name=options.name,
+        folder=str(folder),
+        architecture=architectures[0],
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        max_context=max_context,
+        max_rank=options.max_rank,
+        lora_alpha=options.lora_alpha,
+        eos_tokens=_eos_tokens_of(folder, config),
+        num_parameters=model.num_parameters(),
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        quantization=options.quantization,
+        build=build_of(device, dtype, options.logits_bytes, options.quantization),
+        fingerprint=fingerprint,
+    )
+
+
+def fingerprint_in(folder: Path, remembered: Path | None) -> str:
+    """Of a model's files; in `remembered` is kept what was read of them. OperationError."""
+    try:
+        return fingerprint_of(folder, remembered)
+    except (OSError, ValueError, LookupError) as error:
+        raise OperationError(f"{folder}: its files are damaged ({type(error).__name__}: {error})") from None
+
+
+def _eos_tokens_of(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
+    """generation_config.json's end-of-sequence ids, then the config's, without repeats."""
+    found = [config.eos_token_id]
+    if (folder / "generation_config.json").is_file():
+        found.insert(0, GenerationConfig.from_pretrained(folder).eos_token_id)
+    ids = [token for entry in found for token in (entry if isinstance(entry, list) else [entry]) if token is not None]
+    return tuple(dict.fromkeys(ids))
