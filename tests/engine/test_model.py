@@ -184,35 +184,6 @@ def test_experts_cannot_be_trained_in_part(tmp_path):
     assert done == Done()
 
 
-def test_what_cannot_be_loaded_says_why(model_folder, tmp_path):
-    with pytest.raises(OperationError, match="there is no folder /nowhere/at/all"):
-        _load("/nowhere/at/all")
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(OperationError, match=r"no config\.json"):
-        _load(empty)
-    (empty / "config.json").write_text(json.dumps({"model_type": "who_knows"}))
-    with pytest.raises(OperationError, match=r"no \*\.safetensors"):
-        _load(empty)
-    (empty / "model.safetensors").write_bytes(b"")
-    with pytest.raises(OperationError, match="transformers does not know this model"):
-        _load(empty)
-    with pytest.raises(OperationError, match="above the model's own 256"):
-        _load(model_folder("qwen3"), max_context=257)
-    with pytest.raises(OperationError, match="dtype 'int8' is not one of"):
-        _load(model_folder("qwen3"), dtype="int8")
-
-
-def test_missing_weights_are_not_made_up(model_folder, tmp_path):
-    folder = tmp_path / "partial"
-    shutil.copytree(model_folder("llama"), folder)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(OperationError, match=r"lack 1 weights, such as model\.layers\.1\.mlp\.up_proj\.weight"):
-        _load(folder)
-
-
 def test_weights_that_are_no_numbers_are_refused(model_folder, tmp_path):
     """What is computed with one of them need not show it: a short sequence may stay finite."""
     folder = shutil.copytree(model_folder("qwen3"), tmp_path / "nan")
@@ -220,15 +191,6 @@ def test_weights_that_are_no_numbers_are_refused(model_folder, tmp_path):
     tensors["model.layers.1.self_attn.q_proj.weight"][3, 5] = torch.nan
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(OperationError, match=r"layers\.1\.self_attn\.q_proj\S* have numbers that are not finite"):
-        _load(folder)
-
-
-def test_a_damaged_weights_file_is_refused(model_folder, tmp_path):
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    for path in model_folder("qwen3").iterdir():
-        (folder / path.name).write_bytes(path.read_bytes()[: 500 if path.suffix == ".safetensors" else None])
-    with pytest.raises(OperationError, match="damaged or cut short"):
         _load(folder)
 
 

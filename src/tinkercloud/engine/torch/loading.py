@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    modeling_utils,
+)
 
 from tinkercloud.base_models import hub_refusal
 from tinkercloud.engine.base_model import BaseModelInfo, EngineOptions
@@ -17,6 +30,10 @@ from tinkercloud.engine.operations import OperationError
 from tinkercloud.engine.torch.attention import IMPLEMENTATION
 from tinkercloud.engine.torch.build import build_of
 from tinkercloud.engine.torch.quantized import quantization_of
+
+log = logging.getLogger(__name__)
+
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 """What a base model needs of a hub repository: no pickles, no code."""
@@ -99,28 +116,80 @@ def weights_of(
     quantization = quantization_of(options.quantization, config)
     # Quantised one by one where they will be, so that the whole in `dtype` need never fit.
     quantized = {"quantization_config": quantization, "device_map": {"": str(device)}} if quantization else {}
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=IMPLEMENTATION,
-            use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-            **quantized,
-        )
-    except SafetensorError as error:
-        raise OperationError(f"a weight file in {folder} is damaged or cut short ({error}); fetch it again") from error
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
-        raise OperationError(f"it cannot be loaded as a causal language model: {_one_line(error)}") from error
-    if loading["missing_keys"]:
-        raise OperationError(
-            f"its files lack {len(loading['missing_keys'])} weights, such as {min(loading['missing_keys'])}"
-        )
+    with _transformers_report() as report:
+        try:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation=IMPLEMENTATION,
+                use_safetensors=True,
+                trust_remote_code=options.trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that it says which they are
+                **quantized,
+            )
+        except SafetensorError as error:
+            damaged = f"a weight file in {folder} is damaged or cut short ({error}); fetch it again"
+            raise OperationError(damaged) from error
+        except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
+            why = _not_fused(report) or f"it cannot be loaded as a causal language model: {_one_line(error)}"
+            raise OperationError(why) from error
+    _check_weights(options.name, type(model).__name__, loading)
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise OperationError(f"{type(model).__name__} has no linear unembedding")
     return model if quantization else model.to(device)
+
+
+@contextmanager
+def _transformers_report() -> Iterator[list[str]]:
+    """Keeps out of the log what transformers says of weights that do not fit, a table in colours: what it means here,
+    this module says. The lines of the table, when there is one."""
+    lines: list[str] = []
+
+    def is_none(record: logging.LogRecord) -> bool:
+        text = COLOUR.sub("", record.getMessage())
+        if "LOAD REPORT" not in text:
+            return True
+        lines.extend(text.splitlines())
+        return False
+
+    logger = logging.getLogger(modeling_utils.__name__)
+    logger.addFilter(is_none)
+    try:
+        yield lines
+    finally:
+        logger.removeFilter(is_none)
+
+
+def _not_fused(report: list[str]) -> str | None:
+    """Which weights transformers could not make of several in the files, and why, if that is what went wrong: it says
+    so in its report alone."""
+    names = [line.split()[0] for line in report if "| CONVERSION" in line]
+    causes = [cause for cause, line in pairwise(report) if line.startswith("Error: ")]
+    if not names or not causes:
+        return None
+    return f"its weights do not make up {names[0]}, or have other shapes than by its config.json: {causes[0]}"
+
+
+def _check_weights(name: str, kind: str, loading: dict[str, Any]) -> None:
+    """Refuse files without all weights of the model, each in its shape; warn of weights that it has no use for."""
+    missing, unexpected = loading["missing_keys"], loading["unexpected_keys"]
+    if loading["mismatched_keys"]:
+        weight, found, wanted = min(loading["mismatched_keys"])
+        raise OperationError(
+            f"its weight {weight} has the shape {list(found)}, and by its config.json it is {list(wanted)}"
+        )
+    if missing:
+        raise OperationError(f"its files lack {len(missing)} weights, such as {min(missing)}")
+    if unexpected:
+        log.warning(
+            "%s: its files have %d weights that are of no part of a %s and are left out, such as %s",
+            name,
+            len(unexpected),
+            kind,
+            min(unexpected),
+        )
 
 
 def info_of(
