@@ -265,13 +265,25 @@ def test_doctor_goes_on_after_models_that_are_wrong(tmp_path):
 
 
 def test_a_model_without_a_tokenizer_is_sound_but_for_that(tmp_path):
-    model = model_of(tmp_path / "m", 2**20)
-    done = run("doctor", "--port", "0", "--device", "cpu", "--data-dir", str(tmp_path / "data"), "--model", model)
+    folder = shutil.copytree(FOLDER, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*"))
+    line = ("doctor", "--port", "0", "--device", "cpu", "--data-dir", str(tmp_path / "data"), "--model", f"m={folder}")
+    done = run(*line)
     assert done.returncode == 0, done.stdout
     (warned,) = [line for line in done.stdout.splitlines() if line.startswith("!")]
-    assert warned == f"! model m {tmp_path / 'm'} has no tokenizer"
-    (tmp_path / "m" / "tokenizer.json").write_text("{}")
-    assert "no tokenizer" not in run("doctor", "--port", "0", "--device", "cpu", "--model", model).stdout
+    assert warned == f"! model m {folder} has no tokenizer"
+    (folder / "tokenizer.json").write_text("{}")
+    done = in_process(*line)
+    assert "no tokenizer" not in done.stdout and done.exit_code == 0
+
+
+def test_doctor_says_that_a_model_cannot_be_served_as_the_engine_says_it(tmp_path):
+    folder = shutil.copytree(FOLDER, tmp_path / "m")
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 1, "vocab_size": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    done = in_process("doctor", "--port", "0", "--device", "cpu", "--model", f"m={folder}")
+    assert done.exit_code == 1
+    layer = "its layer h.0.attn.c_attn, a Conv1D, would stay without LoRA"
+    assert f"✗ model m GPT2LMHeadModel is not supported: {layer}" in done.stdout
 
 
 def test_a_model_that_only_the_hub_could_give_is_refused_in_one_sentence_and_without_a_url(tmp_path):

@@ -7,18 +7,14 @@ import shutil
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
-    GPT2Config,
-    GPTNeoXConfig,
     Lfm2Config,
     MambaConfig,
     MistralConfig,
     NemotronHConfig,
-    OPTConfig,
 )
 
 from tests.engine import reference
@@ -138,31 +134,6 @@ def test_architectures_that_cannot_be_packed_are_refused(config, words, tmp_path
         _load(_saved(config, tmp_path / "m"), max_context=64)
 
 
-@pytest.mark.parametrize(
-    "config, words",
-    [
-        (GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2), r"h\.0\.attn\.c_attn, a Conv1D, would stay"),
-        (
-            GPTNeoXConfig(
-                vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
-            ),
-            "query_key_value, a Linear, would stay without LoRA",
-        ),
-        (
-            OPTConfig(
-                vocab_size=64, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=1,
-                num_attention_heads=2, max_position_embeddings=64,
-            ),
-            "fc1, a Linear, would stay without LoRA",
-        ),
-    ],
-    ids=["no linear layers", "none of the names", "only attention has the names"],
-)  # fmt: skip
-def test_models_of_which_a_part_could_not_be_adapted_are_refused(config, words, tmp_path):
-    with pytest.raises(OperationError, match=words):
-        _load(_saved(config, tmp_path / "m"))
-
-
 def test_parts_that_a_model_has_not_are_named_together(base_model):
     with pytest.raises(OperationError, match=r"no attn and no mlp layers.*; set train_attn and train_mlp to false"):
         layout_of(LoraConfig(rank=4), base_model("llama").linears[-1:])
@@ -202,24 +173,3 @@ def test_half_precision(model_folder):
     logits = _packed_logits(model, [tokens])
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, plain(input_ids=tokens[None]).logits[0], atol=0.5, rtol=0.1)
-
-
-def test_models_that_would_be_adapted_by_half_are_refused(tmp_path):
-    """Phi-3 has one layer for q, k and v: only the output projection has a name that is known."""
-    config = transformers.Phi3Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
-    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(OperationError, match="gate_up_proj would stay without LoRA"):
-        BaseModel.load(EngineOptions("phi", str(tmp_path)))
-
-
-def test_models_whose_positions_depend_on_the_batch_are_refused(tmp_path):
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(OperationError, match="longest sequence in a batch"):
-        BaseModel.load(EngineOptions("long", str(tmp_path)))

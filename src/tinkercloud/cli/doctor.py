@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import typer
+from msgspec import structs
 from rich.markup import escape
 
 from tinkercloud.addresses import server_url
@@ -22,7 +23,7 @@ from tinkercloud.cli import options
 from tinkercloud.cli.console import out
 from tinkercloud.cli.memory import ENGINE_BYTES, ask_hub, local_folder, model_bytes
 from tinkercloud.config import Settings, unknown_variables
-from tinkercloud.model_settings import read_model
+from tinkercloud.model_settings import ModelSettings, read_model
 from tinkercloud.setting_errors import ConfigError
 from tinkercloud.units import MIB
 
@@ -63,8 +64,8 @@ def doctor(
     max_context: options.MaxContext = None,
     assignments: options.Set = None,
 ) -> None:
-    """Look at everything that `serve` with the same options needs, short of loading the models: whether one is of a
-    kind that can be trained shows then. Exit status 1 if something is broken."""
+    """Look at everything that `serve` with the same options needs, short of loading the models: what shows in their
+    numbers alone shows then. Exit status 1 if something is broken."""
     checks = [*installation(), *environment()]
     sound = []
     for text in model or ():
@@ -289,8 +290,15 @@ def _damaged(folder: Path) -> str:
     return ""
 
 
+def _refusal_of(settings: Settings, model: ModelSettings, folder: Path) -> str | None:
+    """Why an engine would refuse to load a model's files."""
+    from tinkercloud.engine.torch.architecture import refusal_of
+
+    return refusal_of(structs.replace(settings.engine_options(model), source=str(folder)))
+
+
 def models(settings: Settings) -> Iterator[Check]:
-    """Whether each base model's files are here, or can be fetched."""
+    """Whether each base model's files are here, or can be fetched, and are of a kind that can be served."""
     for model in settings.models:
         name = f"model {model.name}"
         folder = local_folder(model)
@@ -308,6 +316,8 @@ def models(settings: Settings) -> Iterator[Check]:
             yield Check(name, False, f"{folder} lacks {', '.join(missing)}", mend)
         elif damaged := _damaged(folder):
             yield Check(name, False, f"{damaged} is damaged or cut short", "copy or download it again")
+        elif model.source != "builtin" and (why := _refusal_of(settings, model, folder)):
+            yield Check(name, False, why, "serve another model, or other settings: docs/models.md says what can be")
         elif not has_tokenizer(folder):
             mend = f"save the tokenizer there with `save_pretrained`; {NO_TOKENIZER}"
             yield Check(name, True, f"{folder} has no tokenizer", mend, warns=True)

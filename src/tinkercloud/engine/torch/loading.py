@@ -62,7 +62,8 @@ def folder_of(options: EngineOptions) -> Path:
     return folder
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, for the middle of a sentence."""
     return " ".join(str(error).split())
 
 
@@ -71,7 +72,7 @@ def config_of(folder: Path, options: EngineOptions) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except (ValueError, KeyError, OSError) as error:
-        raise OperationError(f"transformers does not know this model: {_one_line(error)}") from error
+        raise OperationError(f"transformers does not know this model: {one_line(error)}") from error
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     of_layers = [part for part in rope.values() if isinstance(part, dict)]
@@ -133,12 +134,17 @@ def weights_of(
             damaged = f"a weight file in {folder} is damaged or cut short ({error}); fetch it again"
             raise OperationError(damaged) from error
         except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
-            why = _not_fused(report) or f"it cannot be loaded as a causal language model: {_one_line(error)}"
+            why = _not_fused(report) or f"it cannot be loaded as a causal language model: {one_line(error)}"
             raise OperationError(why) from error
     _check_weights(options.name, type(model).__name__, loading)
+    check_unembedding(model)
+    return model if quantization else model.to(device)
+
+
+def check_unembedding(model: PreTrainedModel) -> None:
+    """Refuse models whose logits are not W h. OperationError."""
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise OperationError(f"{type(model).__name__} has no linear unembedding")
-    return model if quantization else model.to(device)
 
 
 @contextmanager

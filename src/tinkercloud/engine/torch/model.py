@@ -122,7 +122,7 @@ class BaseModel:
             if not all(torch.isfinite(end) for end in parameter.aminmax()):
                 raise OperationError(f"its weights {name} have numbers that are not finite (NaN or infinity)")
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
         """Refuse architectures of whose attention or MLP not all layers would be adapted (fused q/k/v, layers that are
         no `nn.Linear`): a client would get less than it asked for, or nothing."""
         adapted = {layer.name.rpartition(".")[0] for layer in self.linears[:-1]}
@@ -189,7 +189,7 @@ class BaseModel:
         base = cls(model, info_of(model, folder, fingerprint, options, device, dtype))
         base._check_finite()
         base._check_packing()
-        base._check_whole()
+        base.check_whole()
         base._check_quantized()
         base.info = structs.replace(base.info, activations=activation_memory(base, options))
         report(1.0, "ready")
