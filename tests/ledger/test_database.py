@@ -111,6 +111,26 @@ def test_a_newer_ledger_is_refused(url: str) -> None:
     engine.dispose()
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("table", ["sessions", "past_checkpoints"])
+async def test_a_page_that_the_disk_has_damaged_is_found_at_the_start(tmp_path: Path, table: str) -> None:
+    """Also one that no start reads."""
+    await (await Ledger.open(tmp_path)).close()
+    file = tmp_path / "ledger.db"
+    engine = database.connect(f"sqlite:///{file}", connections=1)
+    with engine.begin() as connection:
+        where = "SELECT rootpage FROM sqlite_master WHERE name = :table"
+        page = connection.scalar(text(where), {"table": table})
+        size = connection.scalar(text("PRAGMA page_size"))
+    engine.dispose()
+    with file.open("r+b") as opened:
+        opened.seek((page - 1) * size)
+        opened.write(b"\xff" * size)
+    with pytest.raises(database.UnusableDatabase, match=r"ledger\.db .*restore|ledger\.db .*replaced by a backup"):
+        await Ledger.open(tmp_path)
+    DataDirLock(tmp_path).release()
+
+
 def test_opening_a_current_ledger_does_not_load_alembic(tmp_path: Path) -> None:
     program = (
         "import asyncio, sys; from pathlib import Path; from tinkercloud.ledger import Ledger\n"

@@ -416,6 +416,7 @@ def _open(
         address = database.address_in(data_dir, url)
         with database.opening(address):
             writing = database.connect_writer(address, sync_to_disk)
+            database.check(writing)
             database.migrate(writing)
             reading = database.connect(address, READERS)
             segment_writer = segments.SegmentWriter(data_dir / "segments", sync_to_disk=sync_to_disk)
