@@ -125,6 +125,8 @@ def test_snapshots_bound_the_replay_and_old_ones_go(serving, run, undisturbed, t
         async with serving(snapshot_operations=3) as service:
             client = await Client.create(service)
             losses = await client.steps(5)
+            newest, *_ = await service._ledger.find(SnapshotRecord, model_id=client.model.model_id)
+            assert newest.seq_id >= client.seq_id - 3
             engine = await service.models.get(NANO).engine.running()
             os.kill(engine.pid, signal.SIGKILL)
             losses += await client.steps(3)
