@@ -26,7 +26,7 @@ def train(url: str, at_step=lambda step: None) -> list[object]:
     seen, waiting = [], []
     for step in range(STEPS):
         if step in INTERRUPTED:
-            waiting += [base.sample(PROMPT, 1, params(250, seed)) for seed in range(12)]
+            waiting += [base.sample(PROMPT, 1, params(200, seed)) for seed in range(6)]
             base.sample(PROMPT, 1, params(1, 0)).result()  # the poller is at work, and they are not done
             assert not all(sample.future().done() for sample in waiting)
         forward_backward = run.forward_backward(BATCH, "cross_entropy")
