@@ -158,7 +158,7 @@ class Run:
         except tinker.RequestFailedError as error:
             assert error.category == types.RequestErrorCategory.User
             assert "lack its part" in str(error) and "send the whole batch again" in str(error)
-            assert because in str(error)
+            assert not because or f"was refused because: {because}" in str(error)
         else:
             raise AssertionError("a step on half a batch was applied")
 

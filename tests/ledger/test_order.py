@@ -100,7 +100,8 @@ def test_a_step_fails_if_a_part_of_its_batch_was_refused() -> None:
     assert log.poisoned_by is not None and log.poisoned_by.seq_id == 0
     step = log.take(0.0)
     assert step is not None and step.clear_gradients and step.failure is not None
-    assert step.failure.category == "user" and "forward_backward 0 before it was refused" in step.failure.error
+    assert step.failure.category == "user" and "forward_backward before it was refused (with" in step.failure.error
+    assert entry(0).request_id in step.failure.error
     assert step.lacks == entry(0, state="refused") and "first of" not in step.failure.error
     assert log.poisoned_by is None
     assert [turn.failure for turn in drain(log)] == [None, None]
@@ -113,9 +114,8 @@ def test_a_step_says_how_many_parts_of_its_batch_were_refused() -> None:
     for seq_id, kind in enumerate(["optim_step", "forward_backward", "optim_step"], start=3):
         log.add(entry(seq_id, kind), 0.0)
     step, *others = drain(log)
-    assert (
-        step.failure is not None and "forward_backward 0 before it was refused (the first of 3)" in step.failure.error
-    )
+    assert step.failure is not None
+    assert "forward_backward before it was refused (the first of 3, with" in step.failure.error
     assert [turn.failure for turn in others] == [None, None]
 
 
@@ -128,7 +128,8 @@ def test_a_step_fails_if_a_part_of_its_batch_failed() -> None:
     log.ended(replace(first.entry, state="failed"))
     log.ended(replace(second.entry, state="done"))
     step = log.take(0.0)
-    assert step is not None and step.clear_gradients
+    assert step is not None and step.clear_gradients and step.failure is not None
+    assert "forward_backward before it failed (with" in step.failure.error
 
 
 def test_a_refused_forward_or_step_poisons_nothing() -> None:

@@ -15,6 +15,7 @@ from tinkercloud.control.training_run import ReplayError, TrainingRun
 from tinkercloud.engine.operations import ClearGradients, DropModel
 from tinkercloud.engine.results import Failure
 from tinkercloud.ledger.ledger import Ledger
+from tinkercloud.ledger.order import what_became_of
 from tinkercloud.ledger.records import CheckpointRecord, Entry, Outcome, SamplerRecord
 
 log = logging.getLogger(__name__)
@@ -78,4 +79,5 @@ class Preparation:
         cause = decode(stored, Outcome) if stored else None
         if not lacks or not isinstance(cause, Failure):
             return failure
-        return replace(failure, error=f"{failure.error}. {lacks.kind} {lacks.seq_id} was told: {cause.error}")
+        why = f"That {lacks.kind} {what_became_of(lacks)} because: {cause.error}"
+        return replace(failure, error=f"{failure.error}. {why}")

@@ -121,7 +121,7 @@ class ModelLog:
         if entry.seq_id <= self._lost_until:
             return Turn(entry, self._not_run(entry), clear_gradients=is_step)
         if is_step and self.poisoned_by is not None:
-            failure = _not_applied(entry, self.poisoned_by, self._lacking)
+            failure = _not_applied(self.poisoned_by, self._lacking)
             return Turn(entry, failure, clear_gradients=True, lacks=self.poisoned_by)
         return Turn(entry)
 
@@ -193,12 +193,17 @@ class ModelLog:
         return Failure(error, "user")
 
 
-def _not_applied(step: Entry, first: Entry, lacking: int) -> Failure:
-    why = "was refused" if first.state == "refused" else "was not run"
-    more = f" (the first of {lacking})" if lacking > 1 else ""
+def what_became_of(entry: Entry) -> str:
+    """Of an operation that gave nothing, for the middle of a sentence."""
+    return {"refused": "was refused", "failed": "failed"}.get(entry.state, "was not run")
+
+
+def _not_applied(first: Entry, lacking: int) -> Failure:
+    # By its request_id: a user of the SDK has not seen seq_ids, and its errors have the other.
+    which = f"the first of {lacking}, with the request_id" if lacking > 1 else "with the request_id"
     error = (
-        f"optim_step {step.seq_id} was not applied: {first.kind} {first.seq_id} before it {why}{more}, so the "
-        "gradients lack its part. They have been cleared, all of them; send the whole batch again: the next "
-        "forward_backward and optim_step are applied as ever"
+        f"this optim_step was not applied: a {first.kind} before it {what_became_of(first)} ({which} "
+        f"{first.request_id}), so the gradients lack its part. They have been cleared, all of them; send the whole "
+        "batch again: the next forward_backward and optim_step are applied as ever"
     )
     return Failure(error, "user")
