@@ -1,5 +1,6 @@
 """Random samples, from their JSON through the engine to what the SDK reads: whatever they ask for, however they are
-mixed and cancelled, each is refused in words or answered, the engine goes on, and no page stays taken."""
+mixed and cancelled, each is refused in words or answered, the engine goes on, and no page stays taken. What is drawn is
+what is drawn alone, to the bit, but where weights change meanwhile."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.sampler import TorchSampler
 from tinkercloud.errors import InvalidRequest
 
-SAMPLERS = ("base", "adapter")
+SAMPLERS = ("base", "adapter", "inflight")
 SETTINGS = [
     {"kv_cache_bytes": 1},
     {"kv_cache_bytes": 2**20, "logits_bytes": 1},
@@ -54,11 +55,26 @@ def model(model_folder, tmp_path_factory) -> BaseModel:
     return BaseModel.load(EngineOptions(name="qwen3", source=str(folder), device="cpu"))
 
 
-def sampler_with(model: BaseModel, adapter: str, options: dict[str, int]) -> TorchSampler:
-    sampler = TorchSampler(model, EngineOptions(name="qwen3", source=model.info.folder, **options))
-    for name, folder in zip(SAMPLERS, ("", adapter), strict=True):
-        assert sampler.open(OpenSampler(name, folder)) == Done()
-    return sampler
+@pytest.fixture(scope="module")
+def sampler_with(model, adapter_folder):
+    """**options -> a sampler of the model with all of `SAMPLERS` open."""
+
+    def make(**options: int) -> TorchSampler:
+        sampler = TorchSampler(model, EngineOptions(name="qwen3", source=model.info.folder, **options))
+        for opened in (
+            OpenSampler("base"),
+            OpenSampler("adapter", adapter_folder("qwen3")),
+            inflight(adapter_folder, 0),
+        ):
+            assert sampler.open(opened) == Done()
+        return sampler
+
+    return make
+
+
+def inflight(adapter_folder, number: int) -> OpenSampler:
+    """The weights that the inflight sampler has from now on."""
+    return OpenSampler("inflight", adapter_folder("qwen3", number), "run")
 
 
 def usually(good: st.SearchStrategy, *strange: object) -> st.SearchStrategy:
@@ -115,7 +131,7 @@ def tensors(draw, rows: int) -> dict[str, object]:
 def bodies(draw) -> dict[str, object]:
     """The JSON of an asample."""
     length = draw(usually(st.integers(1, 60), 0, 200, 255, 256, 257))
-    prompt = prompt_of(draw(st.integers(0, 2**16)), length).tolist()
+    prompt = prompt_of(draw(st.integers(0, 1) | st.integers(0, 2**16)), length).tolist()  # many begin alike
     if length and draw(st.integers(0, 19)) == 0:
         prompt[draw(st.integers(0, length - 1))] = draw(st.sampled_from([VOCAB, -1, 2**40, None, 1.5, "x"]))
     cut = draw(st.integers(0, length))
@@ -148,7 +164,8 @@ ACTIONS = st.one_of(
     st.tuples(st.just("sample"), bodies(), st.sampled_from(SAMPLERS), st.booleans()),
     st.tuples(st.just("step"), st.integers(1, 9)),
     st.tuples(st.just("cancel"), st.integers(0, 9)),
-    st.tuples(st.just("close"), st.just("adapter")),
+    st.tuples(st.just("close"), st.sampled_from(SAMPLERS[1:])),
+    st.tuples(st.just("save"), st.integers(0, 1)),
 )
 
 
@@ -183,8 +200,9 @@ def read_by_the_sdk(request: Sample, output: SampleOutput) -> None:
 class Scenario:
     """An engine, what was asked of it, and what it has answered."""
 
-    def __init__(self, sampler: TorchSampler) -> None:
+    def __init__(self, sampler: TorchSampler, adapter_folder) -> None:
         self.sampler = sampler
+        self._adapter_folder = adapter_folder
         self.asked: dict[str, Sample] = {}
         self.answered: dict[str, Result] = {}
         self.may_fail: set[str] = set()
@@ -224,6 +242,11 @@ class Scenario:
         self.closed.add(name)
         assert self.sampler.close(CloseSampler(name)) == Done()
 
+    def save(self, number: int) -> None:
+        """The inflight sampler's weights change, or come back."""
+        self.closed.discard("inflight")
+        assert self.sampler.open(inflight(self._adapter_folder, number)) == Done()
+
     def ends(self) -> None:
         """Everybody is answered, nothing stays taken, and the engine samples on."""
         for _ in range(20_000):
@@ -237,11 +260,13 @@ class Scenario:
         assert self.sampler.pages_used == 0
 
 
-def test_random_requests(model, adapter_folder):
+def test_random_requests(sampler_with, adapter_folder):
+    others = sampler_with()
+
     @fuzzing(25)
     @given(st.sampled_from(SETTINGS), st.lists(ACTIONS, max_size=8))
     def play(options, actions):
-        scenario = Scenario(sampler_with(model, adapter_folder("qwen3"), options))
+        scenario = Scenario(sampler_with(**options), adapter_folder)
         for action, *arguments in actions:
             getattr(scenario, action)(*arguments)
         scenario.ends()
@@ -250,6 +275,12 @@ def test_random_requests(model, adapter_folder):
                 assert name in scenario.may_fail and result.category == "user", result.error
             else:
                 read_by_the_sdk(scenario.asked[name], result)
+        drawn = [name for name, result in scenario.answered.items() if isinstance(result, SampleOutput)]
+        for name in [name for name in drawn if scenario.asked[name].sampler_id != "inflight"][:1]:
+            (alone,) = run(others, scenario.asked[name]).values()
+            for one, other in zip(scenario.answered[name].sequences, alone.sequences, strict=True):
+                np.testing.assert_array_equal(one.tokens, other.tokens)
+                np.testing.assert_array_equal(one.logprobs, other.logprobs)
 
     play()
 
@@ -281,7 +312,7 @@ WRONG_PARAMS = [
 ]
 
 
-def test_what_no_api_has_checked(model, adapter_folder):
+def test_what_no_api_has_checked(sampler_with, adapter_folder):
     """Operations with a part that the API would have refused, among good ones: a failure of its own for each."""
     good = st.builds(sample, st.just(""), st.integers(1, 60).map(lambda length: prompt_of(length, length)))
     wrong = st.builds(replace, good).flatmap(
@@ -294,7 +325,7 @@ def test_what_no_api_has_checked(model, adapter_folder):
     @fuzzing(10)
     @given(st.sampled_from(SETTINGS), st.lists(st.tuples(st.booleans(), good, wrong), max_size=6))
     def play(options, operations):
-        scenario = Scenario(sampler_with(model, adapter_folder("qwen3"), options))
+        scenario = Scenario(sampler_with(**options), adapter_folder)
         for is_good, one, other in operations:
             scenario.submit(one if is_good else other)
             scenario.step(1)

@@ -59,6 +59,23 @@ def test_what_is_recorded_is_of_the_weights_that_drew_each_token(sampler_of, ada
     assert np.abs(outputs[1].policy_logprobs - outputs[1].logprobs).max() > 0.01
 
 
+def test_nothing_is_found_that_older_weights_have_computed(sampler_of, adapter_folder):
+    """Neither of prompts nor of what was drawn, also by a sequence that went on with the new ones."""
+    sampler = sampler_of("qwen3")
+    inflight(sampler, adapter_folder, 0)
+    prompt = prompt_of(3, 40)
+    request = sample("r", prompt, "a", max_tokens=40, stop_tokens=())
+    run(sampler, request)
+    assert run(sampler, request)["r"].prompt_cache_hit_tokens == 39
+    drawn = switched(sampler, adapter_folder, request).sequences[0].tokens
+    turn = sample("r", np.concatenate([prompt, drawn, prompt_of(4, 5)]).astype(np.int32), "a")
+    alone = sampler_of("qwen3")
+    inflight(alone, adapter_folder, 1)
+    found, expected = (run(one, turn)["r"] for one in (sampler, alone))
+    assert found.prompt_cache_hit_tokens == 0
+    np.testing.assert_array_equal(found.sequences[0].logprobs, expected.sequences[0].logprobs)
+
+
 @pytest.mark.parametrize("opened_again", ["a", "b"])
 def test_samplers_share_weights_until_the_last_has_closed(sampler_of, adapter_folder, opened_again):
     sampler = sampler_of("qwen3")
