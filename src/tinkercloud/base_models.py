@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,16 @@ def parse_model(text: str) -> dict[str, Any]:
         if folder not in (EMBEDDED, "builtin") and not Path(folder).expanduser().is_dir():
             raise ModelError(f"model {text}: {_no_folder(folder)}")
     return fields | dict(option.split("=", 1) for option in tail.split(",")[1:])
+
+
+def option_text(settings: Mapping[str, Any]) -> str:
+    """Settings as they stand behind a model on the command line, without the first comma.
+
+    >>> option_text({"max_rank": 64, "trust_remote_code": True})
+    'max_rank=64,trust_remote_code=true'
+    """
+    values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    return ",".join(f"{name}={value}" for name, value in values.items())
 
 
 def resolve_source(name: str, source: str) -> tuple[str, str]:

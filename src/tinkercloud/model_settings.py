@@ -97,6 +97,10 @@ class ModelSettings(PerModel):
     source: str = Field("", description="A folder, a Hugging Face id, or `builtin`; without it, the name says it.")
     lazy: bool = Field(False, description="Load it when the first client asks for it instead of at the start.")
 
+    def own(self) -> dict[str, Any]:
+        """The settings of `PerModel` that were given for this model, as JSON has them."""
+        return self.model_dump(mode="json", include=self.model_fields_set & PerModel.model_fields.keys())
+
     def model_post_init(self, context: Any, /) -> None:
         self.name, self.source = resolve_source(self.name, self.source)
 

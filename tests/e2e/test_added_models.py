@@ -83,8 +83,13 @@ def test_an_added_model_is_served_until_it_is_removed(server, tmp_path, folder):
 
 
 def test_a_model_of_the_command_line_wins(server, folder):
-    models(server, "add", f"{MINE}={folder}", "--lazy")
+    models(server, "add", f"{MINE}={folder},max_rank=16,kv_cache_bytes=1MiB,dtype=float32", "--lazy")
+    assert [line.split() for line in models(server, "list").splitlines()] == [
+        [NANO, "idle", "(lazy)", "builtin"],
+        [MINE, "idle", "(lazy)", str(folder), "dtype=float32,max_rank=16,kv_cache_bytes=1048576"],
+    ]
     server.stop()
-    server.options = ("--model", f"{MINE}={FOLDER},lazy=true")
+    server.options = ("--model", f"{MINE}={FOLDER},lazy=true,trust_remote_code=true")
     server.start()
-    assert str(FOLDER) in models(server, "list") and str(folder) not in models(server, "list")
+    listed = models(server, "list")
+    assert f"{FOLDER}  trust_remote_code=true\n" in listed and str(folder) not in listed

@@ -49,8 +49,9 @@ router = APIRouter(prefix="/admin", tags=["administration"], dependencies=[Depen
 
 @router.get("/models")
 async def list_models(service: ServiceOf) -> dict[str, Any]:
-    """The base models that are served, the state of each, what its adapters take once it has trained, and how full its
-    sampler is (`sampling`; null while it is not loaded or busy for a second): sequences and pages of the KV cache."""
+    """The base models that are served, the state of each, the settings that are its own and not the server's, what its
+    adapters take once it has trained, and how full its sampler is (`sampling`; null while it is not loaded or busy for
+    a second): sequences and pages of the KV cache."""
     models = list(service.models)
     loads = await asyncio.gather(*(served.desk.load() for served in models))
     return {
@@ -60,6 +61,7 @@ async def list_models(service: ServiceOf) -> dict[str, Any]:
                 "state": served.engine.status,
                 "source": served.settings.source,
                 "lazy": served.engine.lazy,
+                "settings": served.settings.own(),
                 "adapters": to_builtins(served.engine.handle and served.engine.handle.adapters),
                 "sampling": load and {name: getattr(load, name) for name in LOAD},
             }

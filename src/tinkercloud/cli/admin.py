@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from tinkercloud import running
 from tinkercloud.addresses import is_loopback, server_url
-from tinkercloud.base_models import ModelError, parse_model
+from tinkercloud.base_models import ModelError, option_text, parse_model
 from tinkercloud.cli.console import CommandError, err, out, print_columns
 from tinkercloud.cli.options import ONE_MODEL_TEXT
 from tinkercloud.config import Settings
@@ -50,10 +50,11 @@ Url = Annotated[
 
 @models.command("list")
 def list_models(url: Url = None) -> None:
-    """Show the base models and the state of each."""
-    rows = [("model", "state", "source")]
+    """Show the base models, the state of each, and the settings that were given for it alone."""
+    rows = [("model", "state", "source", "settings")]
     for model in _ask(url, "GET", "/api/v1/admin/models", "models")["models"]:
-        rows.append((model["name"], model["state"] + (" (lazy)" if model["lazy"] else ""), model["source"]))
+        state = model["state"] + (" (lazy)" if model["lazy"] else "")
+        rows.append((model["name"], state, model["source"], option_text(model.get("settings", {}))))
     print_columns(rows)
 
 
