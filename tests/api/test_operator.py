@@ -66,6 +66,8 @@ def test_a_drained_session_has_done_what_it_accepted(tenants):
         things = await tenants.begin()
         send = {"model_id": things.run, "forward_backward_input": json_batch()}
         sent = [await tenants.post("/forward_backward", seq_id=seq_id, **send) for seq_id in range(2, 6)]
+        part = await tenants.ask("an operator", "POST", f"/admin/sessions/{things.run}/drain", {})
+        assert part.status_code == 404 and f"the whole one, {things.session}" in part.text
         assert (await operate(tenants, f"sessions/{things.session}/drain"))["drained"]
         for future in sent:
             assert "loss_fn_outputs" in await tenants.result(future)

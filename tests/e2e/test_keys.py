@@ -17,6 +17,7 @@ from tinker import types
 
 from tests.api.tenants import make_key
 from tests.e2e.by_hand import GOOD, NANO, PATIENCE
+from tests.programs import run_python
 from tests.serving import Server
 from tinkercloud.ledger import keys as stored_keys
 
@@ -109,12 +110,20 @@ def test_two_users_train_at_once_and_neither_sees_the_other(shared):
         client.holder.close()
 
 
-def test_the_command_line_says_who_i_am(shared):
-    assert cli(shared, "alice", "-f", "json", "auth", "whoami") == {
+def test_the_command_line_keeps_a_key_and_says_who_i_am(shared, tmp_path):
+    commands = [["auth", "login"], ["-f", "json", "auth", "whoami"], ["auth", "logout"], ["auth", "login"]]
+    typed = f"{shared.keys['alice']}\n"
+    done = run_python(
+        ".venv-clients", str(PROGRAM), cwd=tmp_path, input=json.dumps(commands), TYPED=typed, TINKER_BASE_URL=shared.url
+    )
+    login, whoami, logout, again = map(json.loads, done.stdout.splitlines())
+    assert "Logged in as alice@localhost (tinkercloud)" in login["output"], done.stdout + done.stderr
+    assert json.loads(whoami["output"]) == {
         "user_urn": "alice",
         "org_urn": "tml:organization:tinkercloud",
         "email": "alice@localhost",
     }
+    assert "still active" in logout["output"] and "Logged in" in again["output"]
 
 
 def test_a_key_that_is_revoked_while_its_user_trains_ends_that_within_a_second(shared):

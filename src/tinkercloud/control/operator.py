@@ -105,7 +105,10 @@ class Operator:
     async def _session(self, session_id: str) -> SessionRecord:
         session = await self._ledger.get(SessionRecord, session_id)
         if session is None:
-            raise NotFound(f"there is no session {session_id!r}; `tinkercloud sessions list` shows them")
+            whole, is_part, _ = session_id.partition(":")
+            known = is_part and await self._ledger.get(SessionRecord, whole)
+            mend = f"name the whole one, {whole}" if known else "`tinkercloud sessions list` shows them"
+            raise NotFound(f"there is no session {session_id!r}; {mend}")
         return session
 
     async def _described(self, session: SessionRecord) -> dict[str, Any]:
