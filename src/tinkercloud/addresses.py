@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache
 
 
+@lru_cache(maxsize=256)  # asked of each request's host
 def is_loopback(host: str) -> bool:
     """Whether a host is this machine, and cannot be reached from another one."""
     try:
