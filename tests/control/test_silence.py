@@ -9,7 +9,7 @@ import time
 
 from tests.control.conftest import NANO, OWNER, Client
 from tests.control.test_suspects import sample, tokens_of
-from tinkercloud.control import sampler_desk, silence
+from tinkercloud.control import chores, sampler_desk, silence
 from tinkercloud.engine.results import Failure
 
 
@@ -24,13 +24,16 @@ def test_an_engine_that_does_not_go_on(serving, run, monkeypatch, caplog):
     monkeypatch.setattr(silence, "SILENT_SECONDS", 1.2)
     monkeypatch.setattr(silence, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(sampler_desk, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(chores, "CHORE_SECONDS", 0.1)
     caplog.set_level(logging.INFO, silence.__name__)
 
     async def story():
-        async with serving(stuck_seconds=2.5) as service:
+        async with serving(stuck_seconds=5.0) as service:
             served = service.models.get(NANO)
             sampler = await service.samplers.unbound(OWNER, NANO, None)
-            other = await service.samplers.create((await Client.create(service)).session, 0, NANO, None)
+            client = await Client.create(service)
+            other = await service.samplers.create(client.session, 0, NANO, None)
+            losses = await client.steps(1)
             expected = tokens_of(await Client._finished(service, await sample(service, sampler, 0, 1)))
             await Client._finished(service, await sample(service, other, 0, 1, max_tokens=1))
             load = await served.desk.load()
@@ -47,8 +50,12 @@ def test_an_engine_that_does_not_go_on(serving, run, monkeypatch, caplog):
             assert isinstance(await Client._finished(service, dropped), Failure), "who cancels does not wait for it"
             await served.desk.close(other.sampler_id)
             assert await served.desk.load() is None
+            await service.tidy(time.time() + 300)
             assert time.monotonic() - began < 1
+            assert list(service._chores._left) == ["Sessions.park_silent"], "the other chores have been done"
             os.kill(engine.pid, signal.SIGCONT)
+            await until(lambda: not service._chores._left)
+            assert await client.steps(1) != losses
             assert tokens_of(await Client._finished(service, running)) == expected
             await until(lambda: service.models.states() == {NANO: "ready"})
 
@@ -59,4 +66,4 @@ def test_an_engine_that_does_not_go_on(serving, run, monkeypatch, caplog):
 
     run(story)
     said = "\n".join(record.getMessage() for record in caplog.records)
-    assert re.search(r"kill -9(.*\n)*.*goes on\n(.*\n)*.*kill -9(.*\n)*.*has come no further for 2 s .*ending it", said)
+    assert re.search(r"kill -9(.*\n)*.*goes on\n(.*\n)*.*kill -9(.*\n)*.*has come no further for 5 s .*ending it", said)

@@ -7,10 +7,7 @@ that must survive is on disk before a method returns. All raise `tinkercloud.err
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
 
 from tinkercloud.addresses import is_loopback
 from tinkercloud.config import Settings
@@ -20,6 +17,7 @@ from tinkercloud.control.billing import Billing
 from tinkercloud.control.checkpoint_cache import CheckpointCache
 from tinkercloud.control.checkpoint_store import CheckpointStore, UnusableStore
 from tinkercloud.control.checkpoints import Checkpoints
+from tinkercloud.control.chores import Chores, attempt
 from tinkercloud.control.copies import Copies
 from tinkercloud.control.engines import OnProgress
 from tinkercloud.control.futures import Futures
@@ -36,8 +34,6 @@ from tinkercloud.control.storage import Storage
 from tinkercloud.control.store_owner import StoreOwner
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import AuditRecord
-
-log = logging.getLogger(__name__)
 
 
 class NoKeys(Exception):
@@ -59,6 +55,7 @@ class Service:
             self._cache = CheckpointCache(store, data_dir, int(settings.checkpoints_cache_bytes))
         self.storage = Storage(ledger, data_dir, self._cache)
         self._sweeping: asyncio.Task[None] | None = None
+        self._chores = Chores()
         inflight = InflightWeights(ledger)
         self.models = BaseModels(settings, ledger, self._arrivals, self.storage, inflight, on_progress)
         self._keeper = SamplerKeeper(ledger, self.models, self.storage, inflight, settings)
@@ -113,7 +110,8 @@ class Service:
             await keys.close()
             await ledger.close()
             raise
-        await _each(ledger.forgive(ledger.downtime), service.sessions.complete_ends(), service.storage.sweep())
+        for chore in (ledger.forgive(ledger.downtime), service.sessions.complete_ends(), service.storage.sweep()):
+            await attempt(chore)
         for model in settings.models:
             await service.models.serve(model)
         await service.models.serve_added()
@@ -131,7 +129,7 @@ class Service:
     async def tidy(self, now: float) -> None:
         """One round of housekeeping: take up what a lost answer has left, park silent sessions, unload idle models,
         drop what is past its retention."""
-        await _each(
+        await self._chores.round(
             self.models.take_up(),
             self.sessions.park_silent(now),
             self.models.unload_idle(),
@@ -145,6 +143,7 @@ class Service:
     async def stop(self) -> None:
         """Release waiting clients, finish the running cycles, put every run on disk, end the engines."""
         self.release()
+        await self._chores.end()
         await self.models.stop()
         if self._sweeping is not None:
             self._sweeping.cancel()
@@ -158,12 +157,3 @@ class Service:
         """The server is about to stop: answer every held poll, and end the engines that are still loading."""
         self._arrivals.close()
         self.models.release()
-
-
-async def _each(*chores: Coroutine[Any, Any, object]) -> None:
-    """Do every chore, also when one before it has failed: it may be what frees the disk."""
-    for chore in chores:
-        try:
-            await chore
-        except Exception:
-            log.exception("housekeeping: %s failed", chore.__qualname__)
