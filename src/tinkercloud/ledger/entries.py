@@ -25,6 +25,14 @@ CLIENT_SEQ_IDS = 1_000_000_000
 _ENTRY_FIELDS = [name for name in Entry.__struct_fields__ if name not in ("repeated", "expired")]
 _ENTRY_COLUMNS = [entries.c[name] for name in (*_ENTRY_FIELDS, "expired_at")]
 
+# The statements of every operation, made once: making one costs more than running it.
+_APPEND = insert(entries)
+_BY_REQUEST_ID = select(*_ENTRY_COLUMNS).where(entries.c.request_id.in_(bindparam("keys", expanding=True)))
+_WHERE_IT_IS = select(entries).where(entries.c.request_id == bindparam("key"))
+_SMALL_BLOB = select(small_blobs.c.data, small_blobs.c.crc).where(
+    and_(small_blobs.c.request_id == bindparam("key"), small_blobs.c.part == bindparam("part"))
+)
+
 
 Draft = Callable[[int], tuple[bytes, dict[str, Any]]]
 """The (payload, details) of an operation that names its own seq_id, once that is known; the same each time."""
@@ -93,7 +101,7 @@ def append(transaction: Transaction, arrivals: list[NewEntry]) -> list[Entry]:
         known[key] = _entry(row)
         results.append(known[key])
     if rows:
-        connection.execute(insert(entries), rows)
+        connection.execute(_APPEND, rows)
     return results
 
 
@@ -226,14 +234,13 @@ def find(connection: Connection, key: str) -> Entry | None:
 
 def load(connection: Connection, folder: Path, key: str, part: str) -> bytes | None:
     """An operation's "payload" or "outcome" by request id; None if it has none, or none any more. Raises `Corrupt`."""
-    row = connection.execute(select(entries).where(entries.c.request_id == key)).first()
+    row = connection.execute(_WHERE_IT_IS, {"key": key}).first()
     if row is None or row.expired_at is not None or (part == "outcome" and row.state == "accepted"):
         return None
     segment, offset, length = (row._mapping[f"{part}_{field}"] for field in Blob._fields)
     if segment is not None:
         return segments.read(folder, Blob(segment, offset, length))
-    where = and_(small_blobs.c.request_id == key, small_blobs.c.part == part)
-    small = connection.execute(select(small_blobs.c.data, small_blobs.c.crc).where(where)).first()
+    small = connection.execute(_SMALL_BLOB, {"key": key, "part": part}).first()
     if small is None:
         return b""
     if zlib.crc32(small.data) != small.crc:
@@ -307,7 +314,7 @@ def highest_completion(connection: Connection) -> int:
 def _by_request_id(connection: Connection, keys: Sequence[str]) -> dict[str, Entry]:
     if not keys:
         return {}
-    rows = connection.execute(select(*_ENTRY_COLUMNS).where(entries.c.request_id.in_(keys)))
+    rows = connection.execute(_BY_REQUEST_ID, {"keys": keys})
     return {row.request_id: _entry(row._mapping) for row in rows}
 
 

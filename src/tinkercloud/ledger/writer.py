@@ -38,6 +38,9 @@ _FULL_DATABASE = {sqlite3.SQLITE_FULL, "53100"}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+_KEEP_SMALL = insert(schema.small_blobs)
+
+
 class DiskFull(Unavailable):
     """A write did not fit on the disk; nothing of it is kept. Works again when there is space."""
 
@@ -79,7 +82,7 @@ class Transaction:
     def finish(self) -> None:
         """Write small blobs and how many blobs of each segment are referenced; return when segments are on disk."""
         if self._small_blobs:
-            self.connection.execute(insert(schema.small_blobs), self._small_blobs)
+            self.connection.execute(_KEEP_SMALL, self._small_blobs)
         table = schema.segments
         for segment, change in self._blobs.items():
             known = update(table).where(table.c.segment == segment).values(blobs=table.c.blobs + change)
