@@ -194,7 +194,7 @@ async def test_blobs_of_every_size_come_back_from_disk(open_ledger: OpenLedger, 
     await ledger.close()
 
 
-async def test_damage_is_an_error_and_not_a_result(tmp_path: Path, open_ledger: OpenLedger) -> None:
+async def test_damage_is_an_error_and_not_a_result(tmp_path: Path, open_ledger: OpenLedger, caplog) -> None:
     ledger = await open_ledger()
     await ledger.append(MODEL, 0, "sample", b"x" * (SMALL_BYTES + 1))
     await ledger.close()
@@ -202,6 +202,13 @@ async def test_damage_is_an_error_and_not_a_result(tmp_path: Path, open_ledger: 
     file.write_bytes(file.read_bytes()[:-1] + b"y")
     ledger = await open_ledger()
     with pytest.raises(Corrupt):
+        await ledger.payload(f"{MODEL}:0")
+    await ledger.close()
+    assert "is missing" not in caplog.text
+    file.unlink()
+    ledger = await open_ledger()
+    assert f"{file} is missing; stop and let `tinkercloud fsck {tmp_path}`" in caplog.text
+    with pytest.raises(Corrupt, match="length or checksum"):
         await ledger.payload(f"{MODEL}:0")
     await ledger.close()
 

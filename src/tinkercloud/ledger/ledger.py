@@ -35,6 +35,7 @@ from tinkercloud.ledger.records import (
     UsageKind,
 )
 from tinkercloud.ledger.search import Searches
+from tinkercloud.ledger.verify import used_segments
 from tinkercloud.ledger.writer import Writer
 
 FLUSH_SECONDS = 10.0
@@ -419,9 +420,12 @@ def _open(
             database.check(writing)
             database.migrate(writing)
             reading = database.connect(address, READERS)
-            segment_writer = segments.SegmentWriter(data_dir / "segments", sync_to_disk=sync_to_disk)
             with reading.connect() as connection:
                 last_completion = entries.highest_completion(connection)
+                for file in used_segments(connection, data_dir):  # before the writer makes the newest one anew
+                    if not file.is_file():
+                        log.error("%s is missing; stop and let `tinkercloud fsck %s` say what is lost", file, data_dir)
+            segment_writer = segments.SegmentWriter(data_dir / "segments", sync_to_disk=sync_to_disk)
     except BaseException:
         lock.release()
         raise
