@@ -28,7 +28,7 @@ def test_an_engine_that_does_not_go_on(serving, run, monkeypatch, caplog):
     caplog.set_level(logging.INFO, silence.__name__)
 
     async def story():
-        async with serving(stuck_seconds=5.0) as service:
+        async with serving(stuck_seconds=600.0) as service:
             served = service.models.get(NANO)
             sampler = await service.samplers.unbound(OWNER, NANO, None)
             client = await Client.create(service)
@@ -59,11 +59,14 @@ def test_an_engine_that_does_not_go_on(serving, run, monkeypatch, caplog):
             assert tokens_of(await Client._finished(service, running)) == expected
             await until(lambda: service.models.states() == {NANO: "ready"})
 
+            assert served.engine.stuck_seconds == 600
+            served.engine.stuck_seconds = 1.4
             os.kill(engine.pid, signal.SIGSTOP)
             running = await sample(service, sampler, 3, 1)
             await until(engine.died.is_set)
+            served.engine.stuck_seconds = 0.0
             assert tokens_of(await Client._finished(service, running)) == expected
 
     run(story)
     said = "\n".join(record.getMessage() for record in caplog.records)
-    assert re.search(r"kill -9(.*\n)*.*goes on\n(.*\n)*.*kill -9(.*\n)*.*has come no further for 5 s .*ending it", said)
+    assert re.search(r"kill -9(.*\n)*.*goes on\n(.*\n)*.*kill -9(.*\n)*.*has come no further for 1 s .*ending it", said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 
 from tinkercloud.control.engine_handle import EngineHandle
 
@@ -23,8 +24,8 @@ def silence_of(handle: EngineHandle | None) -> str:
     return f"has come no further for {silent:.0f} s" if silent >= SILENT_SECONDS else ""
 
 
-async def watch(name: str, handle: EngineHandle, limit: float) -> None:
-    """Look after an engine until it has died: warn when it is silent, and end it when it has been for `limit` seconds
+async def watch(name: str, handle: EngineHandle, stuck_seconds: Callable[[], float]) -> None:
+    """Look after an engine until it has died: warn when it is silent, and end it when it has been for `stuck_seconds`
     (0: never). Whoever waits for it then goes on with the next one, as after any other death."""
     warned, heard_at = False, handle.heard_at
     while not handle.died.is_set():
@@ -33,7 +34,7 @@ async def watch(name: str, handle: EngineHandle, limit: float) -> None:
                 await handle.died.wait()
         # What came while this process itself was stopped is read only now: silence counts from the second look on.
         looked_before, heard_at = heard_at == handle.heard_at, handle.heard_at
-        silence = silence_of(handle)
+        silence, limit = silence_of(handle), stuck_seconds()
         if limit and looked_before and handle.silent_seconds > limit:
             log.error("engine %s has come no further for %.0f s (stuck_seconds); ending it", name, limit)
             handle.kill()
