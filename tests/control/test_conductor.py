@@ -15,6 +15,7 @@ from tinkercloud.control import conductor
 from tinkercloud.control.training_run import TrainingRun
 from tinkercloud.engine.operations import ForwardBackward, TrainOperation
 from tinkercloud.engine.results import LossOutput
+from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import SnapshotRecord
 
 
@@ -98,6 +99,30 @@ def test_an_operation_waits_for_the_snapshot_of_one_idle_run_at_most(shared, mon
         loop._work.set()
         assert isinstance(await client.result(await sent), LossOutput)
         assert events[:2] == ["snapshot", "cycle"]
+
+    shared(story)
+
+
+def test_a_folder_that_cannot_be_removed_delays_nobody(shared, monkeypatch, caplog):
+    """The save that has taken its place is recorded, and its client hears so."""
+
+    async def story(service):
+        client = await Client.create(service)
+        first = await client.save("name")
+        failing = True
+
+        async def count(ledger, kind, **fields):
+            if failing and fields == {"folder": first.folder}:
+                raise OSError("the database is gone for a moment")
+            return await counted(ledger, kind, **fields)
+
+        counted = Ledger.count
+        monkeypatch.setattr(Ledger, "count", count)
+        second = await asyncio.wait_for(client.save("name", overwrite=True), timeout=20)
+        failing = False
+        assert second.folder != first.folder
+        assert f"{first.folder}, which nothing needs any more, stays until the next start" in caplog.text
+        await client.steps(1)
 
     shared(story)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from tinkercloud.codec import encode
@@ -15,6 +16,8 @@ from tinkercloud.engine.results import Failure, Result, SaveOutput
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import CatalogRecord, CheckpointRecord, Entry, SamplerRecord
 from tinkercloud.ledger.timeline import Times
+
+log = logging.getLogger(__name__)
 
 
 class TurnEnd:
@@ -73,7 +76,10 @@ class TurnEnd:
             if isinstance(record, SamplerRecord) and record.follows is not None:
                 self._desk.publish(record)
         for folder in replaced:
-            await self._storage.free(folder)
+            try:
+                await self._storage.free(folder)
+            except Exception:  # the turn has ended all the same, and somebody waits to hear so
+                log.exception("%s, which nothing needs any more, stays until the next start", folder)
         return ended
 
     async def _replaced(self, records: list[CatalogRecord]) -> list[str]:
