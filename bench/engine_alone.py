@@ -33,6 +33,7 @@ from tinkercloud.engine.operations import (
     SaveWeights,
     TrainOperation,
 )
+from tinkercloud.engine.protocol import Alone
 from tinkercloud.engine.results import Failure
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.sampler import TorchSampler
@@ -100,7 +101,7 @@ class EngineAlone:
         return shares_of(lambda: getattr(self, of)(**work))
 
     def _train(self, *operations: TrainOperation) -> None:
-        for result in self._trainer.run(operations, between=lambda: None):
+        for result in self._trainer.run(operations, Alone()):
             _check(result)
 
 

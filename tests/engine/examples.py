@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from tinkercloud.engine.operations import AdamParams, CreateModel, Datum, ForwardBackward, LoraConfig, OptimStep
+from tinkercloud.engine.protocol import Alone
 from tinkercloud.engine.results import Result
 from tinkercloud.engine.torch.trainer import TorchTrainer
 
@@ -36,7 +37,7 @@ def make_datum(
 
 def run(trainer: TorchTrainer, *operations) -> list[Result]:
     """Run each operation as a cycle of its own."""
-    return [trainer.run([operation], lambda: None)[0] for operation in operations]
+    return [trainer.run([operation], Alone())[0] for operation in operations]
 
 
 def shaken(model_id: str, rank: int = 8, **parts) -> list:
@@ -55,7 +56,7 @@ def forward_backward(model_id: str, data: list[Datum], **how) -> ForwardBackward
 
 def together(trainer: TorchTrainer, *operations) -> list[Result]:
     """Run operations of different models as one cycle."""
-    return trainer.run(operations, lambda: None)
+    return trainer.run(operations, Alone())
 
 
 def gradient_of(trainer: TorchTrainer, model_id: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.engine.examples import make_datum
-from tinkercloud.engine.torch.packing import Pack, Tile, micro_batches, tiles_of
+from tinkercloud.engine.torch.packing import Pack, Tile, micro_batch, tiles_of
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=20)
 
@@ -28,7 +28,10 @@ def test_tiles_hold_every_datum_once_within_the_budget(lengths, budget):
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50)), max_size=30), st.integers(1, 64))
 def test_micro_batches_keep_the_order_of_an_operation(tiles, budget):
-    batches = micro_batches(tiles, budget)
+    batches, left = [], list(range(len(tiles)))
+    while left:
+        batches.append([left[place] for place in micro_batch([tiles[place] for place in left], budget)])
+        left = [place for place in left if place not in batches[-1]]
     flat = [place for batch in batches for place in batch]
     assert sorted(flat) == list(range(len(tiles)))
     for operation in range(4):
@@ -38,7 +41,10 @@ def test_micro_batches_keep_the_order_of_an_operation(tiles, budget):
 
 
 def test_small_tiles_share_a_micro_batch():
-    assert micro_batches([(0, 30), (1, 10), (0, 10), (2, 20)], 40) == [[0, 1], [2, 3]]
+    assert micro_batch([(0, 30), (1, 10), (0, 10), (2, 20)], 40) == [0, 1]
+    assert micro_batch([(0, 30), (0, 10), (2, 20), (0, 5)], 40) == [0, 1]
+    assert micro_batch([(0, 30), (0, 20), (0, 5), (2, 10)], 40) == [0, 3], "0's third does not overtake its second"
+    assert micro_batch([(0, 50), (1, 10)], 40) == [0], "a datum that is too long runs alone"
 
 
 def test_targets_belong_to_the_last_positions():

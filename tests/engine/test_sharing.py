@@ -45,12 +45,15 @@ def told(sampler_of, trainer_of, monkeypatch):
         happened.append("step")
         return step()
 
-    def trained(operations, between):
-        def then():
-            happened.append("train")
-            between()
+    def trained(operations, turns):
+        class Noted:
+            wanted = property(lambda self: turns.wanted)
 
-        return run(operations, then)
+            def next(self):
+                happened.append("train")
+                turns.next()
+
+        return run(operations, Noted())
 
     def clock() -> float:
         return MICRO_BATCH * happened.count("train") + STEP * happened.count("step")

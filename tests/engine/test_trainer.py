@@ -25,6 +25,8 @@ from tinkercloud.engine.operations import (
     SaveWeights,
 )
 from tinkercloud.engine.results import Done, Failure, LossOutput
+from tinkercloud.engine.torch import packing
+from tinkercloud.engine.torch import trainer as trainer_module
 from tinkercloud.engine.torch.trainer import TorchTrainer
 
 PARTS = {
@@ -167,12 +169,40 @@ def test_the_seed_alone_makes_an_adapter(trainer_of):
         assert 0 < a.abs().max() <= a.shape[1] ** -0.5
 
 
-def test_between_is_called_after_every_micro_batch(trainer_of):
-    trainer = trainer_of(token_budget=16)
+class Counted:
+    """Turns that somebody wants, or nobody; `count` have been given."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted, self.count = wanted, 0
+
+    def next(self) -> None:
+        self.count += 1
+
+
+def test_others_have_a_turn_after_every_micro_batch(trainer_of):
+    trainer, turns = trainer_of(token_budget=16), Counted(wanted=False)
     run(trainer, *shaken("m"))
-    turns = []
-    trainer.run([forward_backward("m", [make_datum(i, 16) for i in range(3)])], lambda: turns.append(1))
-    assert len(turns) == 3
+    trainer.run([forward_backward("m", [make_datum(i, 16) for i in range(3)])], turns)
+    assert turns.count == 3
+
+
+def test_micro_batches_are_short_while_somebody_waits_and_no_number_shows_it(trainer_of, monkeypatch):
+    monkeypatch.setattr(packing, "TILE_TOKENS", 16)
+    monkeypatch.setattr(trainer_module, "TILE_TOKENS", 16)
+    data = [make_datum(i, 3 + 2 * i) for i in range(7)]
+    results = {}
+    for wanted, seconds, batches in ((False, 0.1, 1), (True, 0.0, 5), (True, 1e6, 1)):
+        monkeypatch.setattr(trainer_module, "SHORT_SECONDS", seconds)
+        trainer, turns = trainer_of(), Counted(wanted)
+        run(trainer, *shaken("m"), forward_backward("m", data))
+        (result,) = trainer.run([forward_backward("m", data)], turns)
+        assert turns.count == batches
+        results[wanted, seconds] = result, gradient_of(trainer, "m")
+    (first, gradient), *others = results.values()
+    for result, other in others:
+        assert result.metrics == first.metrics and torch.equal(gradient, other)
+        for one, its in zip(result.outputs, first.outputs, strict=True):
+            assert np.array_equal(one["logprobs"], its["logprobs"])
 
 
 # ---------------------------------------------------------------- failures

@@ -50,12 +50,17 @@ WORKING_SECONDS = 1.0
 """How often an engine that computes says that it has come further, if its steps and micro-batches are no longer."""
 
 
+AWAITED_SECONDS = 1.0
+"""For how long after a sample the next one is awaited."""
+
+
 class Engine:
     """Shares one device between a trainer and a sampler.
 
     The policy: while both have work they get equal shares of time. After each training micro-batch the sampler runs
     steps for as long as that micro-batch took (at least one), so the time between two tokens of a sequence is bounded
-    by one micro-batch, and a flood of samples can at most halve training's speed.
+    by one micro-batch, and a flood of samples can at most halve training's speed. Micro-batches are short while there
+    are samples, and for a moment after the last one came.
     """
 
     def __init__(self, trainer: Trainer, sampler: Sampler, sock: socket.socket, inbox: queue.SimpleQueue[ToEngine]):
@@ -69,6 +74,8 @@ class Engine:
         self._turn_started = 0.0
         self._steps: list[tuple[float, float]] = []
         self._said = 0.0
+        self._asked = float("-inf")
+        """When the last sample came."""
 
     def serve(self) -> None:
         """Run until told to stop."""
@@ -95,7 +102,7 @@ class Engine:
         operations = [decode(payload, TrainOperation) for payload in cycle.operations]
         self._steps.clear()
         self._turn_started = time.monotonic()
-        results = self._trainer.run(operations, between=self._sampling_turn)
+        results = self._trainer.run(operations, self)
         self._note_step(time.monotonic())
         self._send(CycleDone(cycle.cycle_id, tuple(results), self._trainer.adapter_memory, tuple(self._steps)))
 
@@ -103,7 +110,14 @@ class Engine:
         epoch = time.time() - time.monotonic()
         self._steps.append((epoch + self._turn_started, epoch + ended))
 
-    def _sampling_turn(self) -> None:
+    @property
+    def wanted(self) -> bool:
+        """See `protocol.Turns`: whether samples wait, run or are awaited."""
+        is_awaited = time.monotonic() - self._asked < AWAITED_SECONDS
+        return is_awaited or self._sampler.busy or not self._inbox.empty()
+
+    def next(self) -> None:
+        """See `protocol.Turns`."""
         started = time.monotonic()
         self._note_step(started)
         self._has_come_further(started)
@@ -130,6 +144,7 @@ class Engine:
         operation = decode(ask.operation, SampleOperation)
         match operation:
             case Sample():
+                self._asked = time.monotonic()
                 self._asks[operation.request_id] = ask.ask_id
                 self._sampler.submit(operation)
             case OpenSampler():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from tinkercloud.engine.base_model import AdapterMemory, BaseModelInfo
@@ -10,17 +10,39 @@ from tinkercloud.engine.operations import CancelSample, CloseSampler, FindSample
 from tinkercloud.engine.results import Place, Result
 
 
+class Turns(Protocol):
+    """Those who share the device with a trainer."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether they have work for it, or are about to: then micro-batches should be short."""
+        ...
+
+    def next(self) -> None:
+        """A micro-batch has ended: let them have their turn."""
+        ...
+
+
+class Alone:
+    """Nobody: the `Turns` of a trainer that has the device for itself."""
+
+    wanted = False
+
+    def next(self) -> None:
+        """Go on at once."""
+
+
 class Trainer(Protocol):
     """Trains many adapters over one frozen base model. Called from one thread."""
 
     info: BaseModelInfo
 
-    def run(self, cycle: Sequence[TrainOperation], between: Callable[[], None]) -> list[Result]:
+    def run(self, cycle: Sequence[TrainOperation], turns: Turns) -> list[Result]:
         """Run one cycle: operations of *different* models, in any mixture, to completion.
 
         All forward_backward operations of the cycle share packed batches. One operation's failure is its own: it comes
         back as a `Failure` in its place and leaves the other operations, and its own model, untouched.
-        `between` is called after each micro-batch, so that whoever shares the device gets a turn.
+        `turns.next` is called after each micro-batch. No number depends on how long these are.
         """
         ...
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from tinkercloud.engine.operations import ForwardBackward
 from tinkercloud.engine.results import LossOutput
 from tinkercloud.engine.torch.adapter import Adapter
-from tinkercloud.engine.torch.lora import Segment
+from tinkercloud.engine.torch.lora import Segment, runs_of
 from tinkercloud.engine.torch.objectives import objective_of
 from tinkercloud.engine.torch.packing import Tile, tiles_of
 
@@ -35,9 +37,11 @@ class LossRun:
         self._gradient = torch.zeros_like(self.adapter.parameters) if self.training else None
         self._views = self.adapter.layout.views(self._gradient) if self._gradient is not None else None
 
-    def segment(self, start: int, tile: Tile) -> Segment:
-        """The adapter on a tile whose first row is `start`."""
-        return Segment(self.adapter.weights, start, start + tile.num_tokens, self._views, tile.datum_runs)
+    def segment(self, start: int, tiles: Sequence[Tile]) -> Segment:
+        """The adapter on tiles of this run that lie side by side from row `start`. They are one segment: two would add
+        to the same gradient at the same time."""
+        lengths = [length for tile in tiles for length in tile.lengths]
+        return Segment(self.adapter.weights, start, start + sum(lengths), self._views, runs_of(lengths))
 
     def take(self, tile: Tile, logprobs: Tensor, entropies: Tensor | None) -> Tensor:
         """Note a tile's target log-probabilities [n], the operation's next ones; the loss's gradient by them [n].

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from tinkercloud.engine.operations import Datum
-from tinkercloud.engine.torch.lora import runs_of
 
 ROW_MULTIPLE = 8
 """Rows of a micro-batch are filled up to a multiple of this, or of more where a model asks for it; products of other
 row counts may use other kernels."""
+
+TILE_TOKENS = 512
+"""Most tokens of a tile, longer datums aside: a micro-batch can be as short as that. From here on a pass costs hardly
+less for each token."""
 
 LANES = 32
 """Numbers that an elementwise function takes at a time (two AVX-512 vectors). What is left over at the end it takes one
@@ -42,7 +45,6 @@ class Tile:
         datums = [data[index] for index in self.indices]
         targets = [datum.inputs["target_tokens"] for datum in datums]
         self.lengths = [datum.num_tokens for datum in datums]
-        self.datum_runs = runs_of(self.lengths)
         ends = list(accumulate(self.lengths))
         self.num_tokens = ends[-1]
         self.tokens = _tensor([datum.tokens for datum in datums], np.int64)
@@ -90,37 +92,37 @@ def _contents(datum: Datum) -> tuple[bytes, ...]:
 
 
 def tiles_of(data: Sequence[Datum], token_budget: int, input_names: Sequence[str]) -> list[Tile]:
-    """Cut an operation into tiles of at most `token_budget` tokens; a longer datum is a tile of its own."""
+    """Cut an operation into tiles of at most TILE_TOKENS tokens, and of `token_budget`; a longer datum is a tile of its
+    own."""
+    most = min(token_budget, TILE_TOKENS)
     groups: list[list[int]] = []
     room = 0
     for index in by_length(data, range(len(data))):
         size = data[index].num_tokens
         if not groups or size > room:
             groups.append([])
-            room = token_budget
+            room = most
         groups[-1].append(index)
         room -= size
     return [Tile(data, group, input_names) for group in groups]
 
 
-def micro_batches(tiles: Sequence[tuple[int, int]], token_budget: int) -> list[list[int]]:
-    """Put tiles, given as (operation, tokens), into micro-batches by first-fit: lists of places in `tiles`.
+def micro_batch(tiles: Sequence[tuple[int, int]], token_budget: int) -> list[int]:
+    """Which of these tiles, given as (operation, tokens), make up the next micro-batch: places in `tiles`, of all that
+    fit, but of the first one in any case.
 
     No tile comes before its operation's previous one, so that gradients are added in the order of the operation.
     """
-    batches: list[list[int]] = []
-    rooms: list[int] = []
-    earliest: dict[int, int] = {}
+    chosen: list[int] = []
+    room = token_budget
+    passed: set[int] = set()
     for place, (operation, size) in enumerate(tiles):
-        candidates = range(earliest.get(operation, 0), len(rooms))
-        chosen = next((number for number in candidates if size <= rooms[number]), len(rooms))
-        if chosen == len(rooms):
-            batches.append([])
-            rooms.append(token_budget)
-        batches[chosen].append(place)
-        rooms[chosen] -= size
-        earliest[operation] = chosen
-    return batches
+        if operation not in passed and (size <= room or not chosen):
+            chosen.append(place)
+            room -= size
+        else:
+            passed.add(operation)
+    return chosen
 
 
 class Pack:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,23 +26,27 @@ from tinkercloud.engine.operations import (
     SaveWeights,
     TrainOperation,
 )
+from tinkercloud.engine.protocol import Turns
 from tinkercloud.engine.results import Done, Failure, LoadOutput, Result, SaveOutput, StepOutput
 from tinkercloud.engine.torch.adapter import Adapter, layout_of
 from tinkercloud.engine.torch.adapter_store import AdapterStore
 from tinkercloud.engine.torch.attention import PackedAttention
 from tinkercloud.engine.torch.checkpoints import Draft, draft_adapter, read_adapter, read_training_state
 from tinkercloud.engine.torch.logprobs import TargetLogprobs
-from tinkercloud.engine.torch.lora import LoraBatch
+from tinkercloud.engine.torch.lora import LoraBatch, Segment
 from tinkercloud.engine.torch.loss_run import LossRun
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.optimizer import take_step
-from tinkercloud.engine.torch.packing import Pack, Tile, micro_batches
+from tinkercloud.engine.torch.packing import TILE_TOKENS, Pack, Tile, micro_batch
 from tinkercloud.engine.torch.shelf import StateLost, shelf_for
 from tinkercloud.engine.validation import check_forward_backward
 
 log = logging.getLogger(__name__)
 
 R = TypeVar("R")
+
+SHORT_SECONDS = 0.1
+"""How long a micro-batch should take while somebody waits for its end. One of TILE_TOKENS takes as long as it takes."""
 
 SYNCED_TOGETHER = 16
 """Saves that wait for the disk at a time."""
@@ -55,9 +61,11 @@ class TorchTrainer:
         self._model, self._options = model, options
         self._keepable_tokens = model.info.activations.tokens
         self._token_budget = max(1, min(options.token_budget, self._keepable_tokens))
+        self._tokens_per_second = 0.0
+        """Of the last micro-batch."""
         self._adapters = AdapterStore(options.adapter_memory, shelf_for(model.device, scratch), model.dtype)
 
-    def run(self, cycle: Sequence[TrainOperation], between: Callable[[], None]) -> list[Result]:
+    def run(self, cycle: Sequence[TrainOperation], turns: Turns) -> list[Result]:
         """Run operations of different models to completion; a result, or a `Failure`, for each in its place."""
         models = [operation.model_id for operation in cycle]
         if len(set(models)) < len(models):
@@ -70,11 +78,11 @@ class TorchTrainer:
             elif not isinstance(operation, SaveWeights):
                 results[place] = _guarded(self._run_alone, operation)
         saves = {place: operation for place, operation in enumerate(cycle) if isinstance(operation, SaveWeights)}
-        for place, result in self._run_saves(saves, between).items():
+        for place, result in self._run_saves(saves, turns).items():
             results[place] = result
         for part in self._adapters.parts(list(losses)):
             operations = {place: cycle[place] for place in map(losses.__getitem__, part)}
-            for place, result in self._run_losses(operations, between).items():
+            for place, result in self._run_losses(operations, turns).items():
                 results[place] = result
         return results
 
@@ -85,7 +93,7 @@ class TorchTrainer:
 
     # ------------------------------------------------------------ forward and forward_backward
 
-    def _run_losses(self, operations: dict[int, ForwardBackward], between: Callable[[], None]) -> dict[int, Result]:
+    def _run_losses(self, operations: dict[int, ForwardBackward], turns: Turns) -> dict[int, Result]:
         """Run operations whose adapters can be resident together; each one's result."""
         if len(operations) > 1:
             self._adapters.bring([operation.model_id for operation in operations.values()])
@@ -95,7 +103,7 @@ class TorchTrainer:
             run = _guarded(self._prepare, operation)
             (runs if isinstance(run, LossRun) else results)[place] = run
         for training in (True, False):
-            results |= self._run_packed({p: run for p, run in runs.items() if run.training == training}, between)
+            results |= self._run_packed({p: run for p, run in runs.items() if run.training == training}, turns)
         return results
 
     def _prepare(self, operation: ForwardBackward) -> LossRun:
@@ -103,19 +111,20 @@ class TorchTrainer:
         check_forward_backward(operation, self.info)
         return LossRun(operation, adapter, self._token_budget)
 
-    def _run_packed(self, runs: dict[int, LossRun], between: Callable[[], None]) -> dict[int, Result]:
+    def _run_packed(self, runs: dict[int, LossRun], turns: Turns) -> dict[int, Result]:
         """Run all tiles of these runs (all with or all without backward) in shared micro-batches; each run's result."""
         tiles = [(place, tile) for place, run in runs.items() for tile in run.tiles]
         broken: dict[int, Exception] = {}
-        sizes = [(place, tile.num_tokens) for place, tile in tiles]
-        for members in micro_batches(sizes, self._token_budget):
-            batch = [tiles[member] for member in members if tiles[member][0] not in broken]
-            if batch:
-                try:
-                    self._run_micro_batch([(runs[place], tile) for place, tile in batch])
-                except Exception as error:
-                    broken.update((place, error) for place, _ in batch)
-                between()
+        while tiles:
+            chosen = micro_batch([(place, tile.num_tokens) for place, tile in tiles], self._budget(turns))
+            batch = [tiles[number] for number in chosen]
+            try:
+                self._run_micro_batch([(runs[place], tile) for place, tile in batch])
+            except Exception as error:
+                broken.update((place, error) for place, _ in batch)
+            rest = set(range(len(tiles))).difference(chosen)
+            tiles = [tiles[number] for number in sorted(rest) if tiles[number][0] not in broken]
+            turns.next()
 
         results: dict[int, Result] = {}
         for place, run in runs.items():
@@ -131,14 +140,21 @@ class TorchTrainer:
             else:
                 # Whose fault it was shows when each runs by itself; the others then end as if nothing had been.
                 runs[place].start_over()
-                results |= self._run_packed({place: runs[place]}, between)
+                results |= self._run_packed({place: runs[place]}, turns)
         return results
+
+    def _budget(self, turns: Turns) -> int:
+        """Tokens of the next micro-batch: a short one if somebody waits for its end."""
+        if not turns.wanted:
+            return self._token_budget
+        return min(self._token_budget, max(TILE_TOKENS, int(self._tokens_per_second * SHORT_SECONDS)))
 
     def _run_micro_batch(self, members: Sequence[tuple[LossRun, Tile]]) -> None:
         """Forward, loss and, if the runs are training, backward of one packed batch."""
         training = members[0][0].training
+        started = time.perf_counter()
         pack = Pack([tile for _, tile in members], self._model.device, self._model.row_multiple)
-        lora = LoraBatch(run.segment(start, tile) for (run, tile), start in zip(members, pack.starts, strict=False))
+        lora = LoraBatch(_segments(members, pack.starts))
         with torch.set_grad_enabled(training):
             # A single datum that is too long: several are cut into micro-batches that are not.
             recompute = training and sum(tile.num_tokens for _, tile in members) > self._keepable_tokens
@@ -159,6 +175,7 @@ class TorchTrainer:
             if training and gradient.any():
                 d_hidden = logprobs.backward(gradient)
                 hidden.backward(d_hidden)
+        self._tokens_per_second = len(pack.tokens) / (time.perf_counter() - started)
 
     # ------------------------------------------------------------ everything else
 
@@ -184,13 +201,13 @@ class TorchTrainer:
                 raise TypeError(f"{type(operation).__name__} is no operation of a trainer")
         return Done()
 
-    def _run_saves(self, operations: dict[int, SaveWeights], between: Callable[[], None]) -> dict[int, Result]:
+    def _run_saves(self, operations: dict[int, SaveWeights], turns: Turns) -> dict[int, Result]:
         """Write all of them, then wait for the disk once for several: it syncs many files in about the time of one."""
         results: dict[int, Result] = {}
         drafts: dict[int, Draft] = {}
         for place, operation in operations.items():
             if drafts:
-                between()
+                turns.next()
             draft = _guarded(self._draft, operation)
             (drafts if isinstance(draft, Draft) else results)[place] = draft
         with ThreadPoolExecutor(min(len(drafts), SYNCED_TOGETHER) or 1, thread_name_prefix="sync") as threads:
@@ -241,6 +258,14 @@ class TorchTrainer:
         if adapter is None:
             raise OperationError(f"there is no model {model_id} in this engine; create it or load a checkpoint first")
         return adapter
+
+
+def _segments(members: Sequence[tuple[LossRun, Tile]], starts: Sequence[int]) -> Iterator[Segment]:
+    """The adapter of each run over its tiles, which lie side by side, from the rows at which they begin."""
+    for _, own in groupby(zip(members, starts, strict=False), key=lambda placed: id(placed[0][0])):
+        placed = list(own)
+        run = placed[0][0][0]
+        yield run.segment(placed[0][1], [tile for (_, tile), _ in placed])
 
 
 def _guarded(run: Callable[[Any], R], operation: TrainOperation) -> R | Failure:
