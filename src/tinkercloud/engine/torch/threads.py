@@ -22,7 +22,7 @@ MEMORY = 5
 GAIN = 1.1
 """How many times as fast all threads must be: they take the cores from whatever else would run there."""
 
-LONG = 0.05
+LONG = 0.02
 """Seconds with all threads from which on a pass always has them, unless they are starved: a try of one thread costs."""
 
 STARVED = 1.0
