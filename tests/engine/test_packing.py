@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections import deque
+from itertools import groupby, pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,25 +28,38 @@ def test_tiles_hold_every_datum_once_within_the_budget(lengths, budget):
     assert all(tile.num_tokens <= budget or len(tile.indices) == 1 for tile in tiles)
 
 
+def _waiting(tiles: list[tuple[int, int]]) -> dict[int, deque]:
+    """Tiles given as (operation, tokens)."""
+    waiting: dict[int, deque] = {}
+    for operation, tokens in tiles:
+        waiting.setdefault(operation, deque()).append(SimpleNamespace(num_tokens=tokens))
+    return waiting
+
+
+def _sizes(batch: list[tuple[int, SimpleNamespace]]) -> list[tuple[int, int]]:
+    return [(operation, tile.num_tokens) for operation, tile in batch]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 50)), max_size=30), st.integers(1, 64))
 def test_micro_batches_keep_the_order_of_an_operation(tiles, budget):
-    batches, left = [], list(range(len(tiles)))
-    while left:
-        batches.append([left[place] for place in micro_batch([tiles[place] for place in left], budget)])
-        left = [place for place in left if place not in batches[-1]]
-    flat = [place for batch in batches for place in batch]
-    assert sorted(flat) == list(range(len(tiles)))
+    waiting, batches = _waiting(tiles), []
+    while batch := micro_batch(waiting, budget):
+        batches.append(_sizes(batch))
     for operation in range(4):
-        own = [place for place in flat if tiles[place][0] == operation]
-        assert own == sorted(own)
-    assert all(sum(tiles[place][1] for place in batch) <= budget or len(batch) == 1 for batch in batches)
+        own = [tile for batch in batches for tile in batch if tile[0] == operation]
+        assert own == [tile for tile in tiles if tile[0] == operation]
+    for batch in batches:
+        assert sum(size for _, size in batch) <= budget or len(batch) == 1
+        operations = [operation for operation, _ in batch]
+        assert len(list(groupby(operations))) == len(set(operations)), "they lie side by side"
 
 
 def test_small_tiles_share_a_micro_batch():
-    assert micro_batch([(0, 30), (1, 10), (0, 10), (2, 20)], 40) == [0, 1]
-    assert micro_batch([(0, 30), (0, 10), (2, 20), (0, 5)], 40) == [0, 1]
-    assert micro_batch([(0, 30), (0, 20), (0, 5), (2, 10)], 40) == [0, 3], "0's third does not overtake its second"
-    assert micro_batch([(0, 50), (1, 10)], 40) == [0], "a datum that is too long runs alone"
+    waiting = _waiting([(0, 30), (0, 20), (0, 5), (1, 10), (2, 20)])
+    batches = [_sizes(micro_batch(waiting, 40)) for _ in range(4)]
+    assert batches[0] == [(0, 30), (1, 10)], "0's third does not overtake its second"
+    assert batches[1:] == [[(0, 20), (0, 5)], [(2, 20)], []]
+    assert _sizes(micro_batch(_waiting([(0, 50), (1, 10)]), 40)) == [(0, 50)], "a datum that is too long runs alone"
 
 
 def test_targets_belong_to_the_last_positions():

@@ -8,7 +8,8 @@ nor on where those were cut, nor on the order in which the datums were sent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, groupby
 from math import gcd
 
@@ -107,22 +108,20 @@ def tiles_of(data: Sequence[Datum], token_budget: int, input_names: Sequence[str
     return [Tile(data, group, input_names) for group in groups]
 
 
-def micro_batch(tiles: Sequence[tuple[int, int]], token_budget: int) -> list[int]:
-    """Which of these tiles, given as (operation, tokens), make up the next micro-batch: places in `tiles`, of all that
-    fit, but of the first one in any case.
+def micro_batch(waiting: Mapping[int, deque[Tile]], token_budget: int) -> list[tuple[int, Tile]]:
+    """Take the next micro-batch out of the tiles that wait, by operation: (operation, tile) of all that fit, the first
+    one in any case. [] if none is left.
 
-    No tile comes before its operation's previous one, so that gradients are added in the order of the operation.
+    No tile comes before its operation's previous one, so that gradients are added in the order of the operation; an
+    operation's tiles lie side by side.
     """
-    chosen: list[int] = []
+    taken: list[tuple[int, Tile]] = []
     room = token_budget
-    passed: set[int] = set()
-    for place, (operation, size) in enumerate(tiles):
-        if operation not in passed and (size <= room or not chosen):
-            chosen.append(place)
-            room -= size
-        else:
-            passed.add(operation)
-    return chosen
+    for operation, tiles in waiting.items():
+        while tiles and (not taken or tiles[0].num_tokens <= room):
+            taken.append((operation, tiles.popleft()))
+            room -= taken[-1][1].num_tokens
+    return taken
 
 
 class Pack:

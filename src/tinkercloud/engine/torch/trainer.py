@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
@@ -113,17 +114,15 @@ class TorchTrainer:
 
     def _run_packed(self, runs: dict[int, LossRun], turns: Turns) -> dict[int, Result]:
         """Run all tiles of these runs (all with or all without backward) in shared micro-batches; each run's result."""
-        tiles = [(place, tile) for place, run in runs.items() for tile in run.tiles]
+        waiting = {place: deque(run.tiles) for place, run in runs.items()}
         broken: dict[int, Exception] = {}
-        while tiles:
-            chosen = micro_batch([(place, tile.num_tokens) for place, tile in tiles], self._budget(turns))
-            batch = [tiles[number] for number in chosen]
+        while batch := micro_batch(waiting, self._budget(turns)):
             try:
                 self._run_micro_batch([(runs[place], tile) for place, tile in batch])
             except Exception as error:
-                broken.update((place, error) for place, _ in batch)
-            rest = set(range(len(tiles))).difference(chosen)
-            tiles = [tiles[number] for number in sorted(rest) if tiles[number][0] not in broken]
+                for place, _ in batch:
+                    broken[place] = error
+                    waiting.pop(place, None)
             turns.next()
 
         results: dict[int, Result] = {}
