@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bench.measurement import Measurement
+from bench.model import MIDDLE, SMALL, Shape
 from bench.readings import Goal, Readings
 from bench.stage import Stage, seconds
 
 NAME = "generate"
 
 
-def _one_request(name: str, what: str, prompt_tokens: int, new_tokens: int) -> Measurement:
+def _one_request(name: str, what: str, prompt_tokens: int, new_tokens: int, shape: Shape = SMALL) -> Measurement:
     work = {"rows": 1, "tokens": prompt_tokens, "new_tokens": new_tokens}
 
     def take(stage: Stage, repeat: int) -> Readings:
@@ -31,10 +32,12 @@ def _one_request(name: str, what: str, prompt_tokens: int, new_tokens: int) -> M
             readings.variant,
         )
 
-    return Measurement(name, what, "HF generate", Goal("speed", 1.0), take, task=(NAME, work))
+    return Measurement(name, what, "HF generate", Goal("speed", 1.0), take, (NAME, work), shape)
 
 
 LATENCY = (
     _one_request("first_token", "one request's first token after a prompt of 512", 512, 1),
+    _one_request("first_token_30m", "one request's first token after a prompt of 512, 30m", 512, 1, MIDDLE),
     _one_request("next_token", "one request's time for each of 128 tokens", 16, 128),
+    _one_request("next_token_30m", "one request's time for each of 128 tokens, 30m", 16, 128, MIDDLE),
 )

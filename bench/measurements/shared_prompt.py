@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bench.measurement import Measurement
+from bench.model import MIDDLE, SMALL, Shape
 from bench.readings import Goal, Readings, interleaved
 from bench.stage import Stage, seconds
 
 SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 16, 512, 16
 
 
-def _shared(requests: int) -> Measurement:
+def _shared(requests: int, shape: Shape = SMALL) -> Measurement:
     """`SAMPLES` samples of a prompt that is new in each reading, as so many requests."""
 
     def take(stage: Stage, repeat: int) -> Readings:
@@ -33,13 +34,15 @@ def _shared(requests: int) -> Measurement:
         return interleaved(of_one_prompt, [of_many], repeat)
 
     how = f"{requests} requests" if requests > 1 else "one request"
+    suffix, of = ("", "") if shape is SMALL else (f"_{shape.label}", f", {shape.label}")
     return Measurement(
-        f"shared_prompt_{requests}",
-        f"{SAMPLES} samples of {NEW_TOKENS} tokens after one prompt of {PROMPT_TOKENS}, {how}",
+        f"shared_prompt_{requests}{suffix}",
+        f"{SAMPLES} samples of {NEW_TOKENS} tokens after one prompt of {PROMPT_TOKENS}, {how}{of}",
         "different prompts",
         Goal("speed", 4.0),
         take,
+        shape=shape,
     )
 
 
-SHARED_PROMPT = (_shared(SAMPLES), _shared(1))
+SHARED_PROMPT = (_shared(SAMPLES), _shared(1), _shared(SAMPLES, MIDDLE), _shared(1, MIDDLE))

@@ -6,6 +6,7 @@ from statistics import mean
 from time import perf_counter
 
 from bench.measurement import Measurement
+from bench.model import MIDDLE, SMALL
 from bench.readings import Goal, Readings, interleaved
 from bench.stage import Stage
 
@@ -41,10 +42,14 @@ def take(stage: Stage, repeat: int) -> Readings:
     return interleaved(beside_a_long_one, [short_requests], repeat)
 
 
-SHORT_BESIDE_LONG = Measurement(
-    "short_beside_long",
-    f"{SHORT} samples of {SHORT_TOKENS} tokens beside one of {LONG_TOKENS}",
-    "without it",
-    Goal("slowdown", 1.2),
-    take,
+SHORT_BESIDE_LONG = tuple(
+    Measurement(
+        f"short_beside_long{suffix}",
+        f"{SHORT} samples of {SHORT_TOKENS} tokens beside one of {LONG_TOKENS}{of}",
+        "without it",
+        Goal("slowdown", 1.2),
+        take,
+        shape=shape,
+    )
+    for shape, suffix, of in ((SMALL, "", ""), (MIDDLE, "_30m", ", 30m"))
 )
