@@ -53,11 +53,11 @@ def run(
     `on_stopping` at every signal, with what the stop waits for. Raises StartError if a base model cannot be loaded or
     the data folder not be used, OSError if the port is taken.
     """
-    with asyncio.Runner(loop_factory=_event_loop) as runner:
+    with asyncio.Runner(loop_factory=event_loop) as runner:
         runner.run(_serve(settings, on_progress, on_listening, on_ready, on_stopping))
 
 
-def _event_loop() -> asyncio.AbstractEventLoop:
+def event_loop() -> asyncio.AbstractEventLoop:
     """uvloop's, where it exists: a request costs a fifth less."""
     try:
         import uvloop

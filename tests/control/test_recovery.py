@@ -13,9 +13,11 @@ import pytest
 from tests.control.conftest import BATCH, NANO, OWNER, Client, datum
 from tinkercloud.api.validate import lora_from
 from tinkercloud.api.wire import json as wire
+from tinkercloud.codec import encode
 from tinkercloud.control import conductor
-from tinkercloud.engine.operations import ForwardBackward, Sample, SamplingParams
-from tinkercloud.engine.results import Failure
+from tinkercloud.control.engine_handle import EngineDied
+from tinkercloud.engine.operations import FindSample, ForwardBackward, Sample, SamplingParams
+from tinkercloud.engine.results import Failure, SampleOutput
 from tinkercloud.errors import Ended, InvalidRequest, NotFound
 from tinkercloud.ledger.records import SessionRecord, SnapshotRecord
 
@@ -32,6 +34,31 @@ def test_a_run_goes_on_after_the_server_was_stopped(serving, run, undisturbed):
             await client.optim_step()
             losses += [expected[3], *await client.steps(2)]
         assert losses == expected
+
+    run(story)
+
+
+def test_what_is_sent_while_an_engine_dies_runs_on_the_next_one(serving, run):
+    """Its socket is closed some milliseconds before it is known to have ended, and uvloop's raises an error if written
+    to then."""
+
+    async def story():
+        async with serving() as service:
+            client = await Client.create(service)
+            sampler = await service.samplers.unbound(OWNER, NANO, None)
+            engine = await service.models.get(NANO).engine.running()
+            engine._writer.close()
+            asked, cycle = engine.ask(encode(FindSample("nobody"))), engine.run_cycle([])
+            for answer in await asyncio.gather(asked, cycle, return_exceptions=True):
+                assert isinstance(answer, EngineDied)
+            entry = await service.samplers.sample(
+                sampler,
+                1,
+                Sample("", sampler.sampler_id, np.array([5, 6], np.int32), SamplingParams(max_tokens=2, seed=1)),
+            )
+            _, outcome = await service.futures.outcome(entry.request_id, OWNER, timeout=60)
+            assert isinstance(outcome, SampleOutput)
+            assert len(await client.steps(1)) == 1
 
     run(story)
 

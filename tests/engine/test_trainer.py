@@ -186,6 +186,16 @@ def test_others_have_a_turn_after_every_micro_batch(trainer_of):
     assert turns.count == 3
 
 
+def test_others_have_a_turn_after_each_of_many_optimizer_steps(trainer_of):
+    """So that it is also known all the time that the engine comes further."""
+    trainer, turns = trainer_of(), Counted(wanted=True)
+    names = ["a", "b", "c"]
+    for name in names:
+        run(trainer, *shaken(name), forward_backward(name, [make_datum(1, 8)]))
+    trainer.run([OptimStep(name, AdamParams(1e-3)) for name in names], turns)
+    assert turns.count == len(names)
+
+
 def test_micro_batches_are_short_while_somebody_waits_and_no_number_shows_it(trainer_of, monkeypatch):
     monkeypatch.setattr(packing, "TILE_TOKENS", 16)
     monkeypatch.setattr(trainer_module, "TILE_TOKENS", 16)

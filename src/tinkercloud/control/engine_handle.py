@@ -141,7 +141,10 @@ class EngineHandle:
         return message_id, future
 
     def _send(self, message: ToEngine) -> None:
-        self._writer.write(frame(message))
+        """What is sent to an engine that is about to be known as dead gets its `EngineDied` when it is: a closed
+        transport would raise an error of its own."""
+        if not self._writer.is_closing():
+            self._writer.write(frame(message))
 
     async def _read(self) -> None:
         try:

@@ -19,7 +19,7 @@ class Turns(Protocol):
         ...
 
     def next(self) -> None:
-        """A micro-batch has ended: let them have their turn."""
+        """A micro-batch, or an operation that has none, has ended: let them have their turn."""
         ...
 
 
@@ -42,7 +42,8 @@ class Trainer(Protocol):
 
         All forward_backward operations of the cycle share packed batches. One operation's failure is its own: it comes
         back as a `Failure` in its place and leaves the other operations, and its own model, untouched.
-        `turns.next` is called after each micro-batch. No number depends on how long these are.
+        `turns.next` is called after each micro-batch, and after each operation that has none. No number depends on how
+        long micro-batches are.
         """
         ...
 

@@ -78,6 +78,7 @@ class TorchTrainer:
                 losses[operation.model_id] = place
             elif not isinstance(operation, SaveWeights):
                 results[place] = _guarded(self._run_alone, operation)
+                turns.next()
         saves = {place: operation for place, operation in enumerate(cycle) if isinstance(operation, SaveWeights)}
         for place, result in self._run_saves(saves, turns).items():
             results[place] = result
