@@ -49,21 +49,18 @@ class Copies:
         if session is not None:
             return await self.into_session(source, session, 0, ttl_seconds, allow, reader)
         await self._checkpoints.get(source, owner, reader)
-        await allow()
         now = time.time()
-        session = await self._ledger.insert(
-            SessionRecord(
-                session_id=str(session_id),
-                owner=owner,
-                created_at=now,
-                last_heartbeat=now,
-                state="finished",
-                display_name=f"copy of {source}",
-                project_id=project_id,
-                finish_reason="success",
-            )
+        session = SessionRecord(
+            session_id=str(session_id),
+            owner=owner,
+            created_at=now,
+            last_heartbeat=now,
+            state="finished",
+            display_name=f"copy of {source}",
+            project_id=project_id,
+            finish_reason="success",
         )
-        return await self.into_session(source, session, 0, ttl_seconds, allow, reader)
+        return await self.into_session(source, session, 0, ttl_seconds, allow, reader, is_new=True)
 
     async def into_session(
         self,
@@ -73,9 +70,10 @@ class Copies:
         ttl_seconds: int | None,
         allow: Allow,
         reader: str | None = None,
+        is_new: bool = False,
     ) -> CheckpointRecord:
-        """A copy as training run `model_seq_id` of a session. A repeat gives the first one. NotFound, InvalidRequest
-        if there is another run of that number, and what `allow` raises."""
+        """A copy as training run `model_seq_id` of a session, which is recorded with it if it `is_new`. A repeat gives
+        the first one. NotFound, InvalidRequest if there is another run of that number, and what `allow` raises."""
         model_id = TrainingRuns.id_of(session, model_seq_id)
         _, kind, name = parse_checkpoint_path(source)
         path = checkpoint_path(model_id, kind, name)
@@ -100,7 +98,7 @@ class Copies:
                 expires_at=None if ttl_seconds is None else now + ttl_seconds,
                 public=False,
             )
-            _check_same(await self._ledger.insert(run, copy), source)
+            _check_same(await self._ledger.insert(run, copy, *([session] if is_new else [])), source)
             return await self._ledger.insert(copy)
 
 

@@ -32,6 +32,8 @@ class InflightWeights:
         self._newest: LRU[SamplerRecord] = LRU(RUNS)
         self._unreadable: LRU[str] = LRU(RUNS)
         """Folders of weights that could not be opened."""
+        self._superseded: LRU[int] = LRU(RUNS)
+        """Of each run the version before which all folders were told of."""
 
     async def of(self, sampler: SamplerRecord) -> SamplerRecord:
         """The sampler whose folder has this one's weights: itself, or of an inflight one its run's newest."""
@@ -61,11 +63,16 @@ class InflightWeights:
             self.publish(weights)
 
     async def superseded(self, weights: SamplerRecord) -> list[str]:
-        """The folders that nobody needs any more when these weights are open; most are gone already."""
+        """The folders that nobody needs any more when these weights are open, but for those that an earlier call has
+        told of; after a start most are gone already."""
         if weights.follows is None:
             return []
+        told = self._superseded.get(weights.follows) or 0
+        if told >= weights.version:
+            return []
         samplers = await self._ledger.find(SamplerRecord, follows=weights.follows, limit=SUPERSEDED)
-        older = {one.folder for one in samplers if one.version < weights.version}
+        older = {one.folder for one in samplers if told <= one.version < weights.version}
+        self._superseded.put(weights.follows, max(told, weights.version))
         return sorted(older - {weights.folder})
 
     async def leave(self, sampler: SamplerRecord) -> bool:

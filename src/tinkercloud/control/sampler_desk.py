@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter, OrderedDict
+from collections.abc import Coroutine
 from contextlib import suppress
 
 from tinkercloud.codec import encode
@@ -75,7 +76,7 @@ class SamplerDesk:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._cancelled: dict[str, asyncio.Event] = {}
         """Of each sample that has not ended."""
-        self._publishing: set[asyncio.Task[None]] = set()
+        self._unawaited: set[asyncio.Task[None]] = set()
         self.pending_of: Counter[str] = Counter()
         """Sequences accepted and not ended, by session."""
 
@@ -156,9 +157,13 @@ class SamplerDesk:
         """An inflight sampler is in the ledger: from now on its run's samples are of its weights, running ones too as
         soon as the engine has them. Then the folders of the weights before go."""
         self.inflight.publish(sampler)
-        task = asyncio.create_task(self._publish(sampler), name=f"publish {sampler.sampler_id}")
-        self._publishing.add(task)
-        task.add_done_callback(self._publishing.discard)
+        self._begin(self._publish(sampler), f"publish {sampler.sampler_id}")
+
+    def _begin(self, work: Coroutine[None, None, None], name: str) -> None:
+        """Something that nobody waits for."""
+        task = asyncio.create_task(work, name=name)
+        self._unawaited.add(task)
+        task.add_done_callback(self._unawaited.discard)
 
     async def _publish(self, sampler: SamplerRecord) -> None:
         engine = self._engine.handle
@@ -173,7 +178,7 @@ class SamplerDesk:
 
     async def stop(self) -> None:
         """Let go of the running samples: they are in the ledger and run again after the next start."""
-        tasks = [*self._tasks.values(), *self._publishing]
+        tasks = [*self._tasks.values(), *self._unawaited]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -291,8 +296,7 @@ class SamplerDesk:
             opened = await engine.ask(encode(OpenSampler(sampler.sampler_id, weights.folder, shared, sampler.owner)))
             if not isinstance(opened, Failure):
                 self.inflight.opened(weights)
-                for folder in await self.inflight.superseded(weights):
-                    await self._storage.remove(folder)
+                self._begin(self._remove_superseded(weights), f"superseded by {weights.sampler_id}")
                 return opened
             if opened.category == "server":
                 return opened  # it may work the next time
@@ -302,6 +306,13 @@ class SamplerDesk:
                 self.inflight.cannot_open(weights)
             if weights.sampler_id == sampler.sampler_id:
                 return refusal  # what is wrong with the newest: those before may only be gone
+
+    async def _remove_superseded(self, weights: SamplerRecord) -> None:
+        try:
+            for folder in await self.inflight.superseded(weights):
+                await self._storage.remove(folder)
+        except Exception:
+            log.exception("weights before those of %s stay until newer ones are opened", weights.sampler_id)
 
     async def _close_unused(self, spared: str) -> None:
         for sampler_id in list(self._opened):

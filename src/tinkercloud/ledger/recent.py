@@ -98,7 +98,6 @@ class Recent:
 
     def appended(self, entry: Entry, payload: bytes) -> None:
         self._entry(entry)
-        self._ended(entry)
         if not entry.repeated and entry.state == "accepted":
             self.blobs.put((entry.request_id, "payload"), payload, len(payload))
 
@@ -145,7 +144,7 @@ class Recent:
     def _ended(self, entry: Entry) -> None:
         """Numbers of completion only grow, and so do those of the commits whose results come here: what is behind the
         first one that is known of a client has all come here too."""
-        if entry.kind != "sample" or entry.repeated or not entry.completion:
+        if entry.kind != "sample" or entry.repeated:
             return
         key = (entry.stream, entry.seq_id // CLIENT_SEQ_IDS)
         known = self._ends.get(key)
