@@ -46,12 +46,17 @@ class Client:
 
     @classmethod
     async def create(
-        cls, service: Service, seed: int = 0, optimizer: OptimizerFamily = "adamw", lora: LoraConfig | None = None
+        cls,
+        service: Service,
+        seed: int = 0,
+        optimizer: OptimizerFamily = "adamw",
+        lora: LoraConfig | None = None,
+        base_model: str = NANO,
     ) -> Client:
         session = await service.sessions.create(
             owner=OWNER, tags=[], user_metadata={}, sdk_version="0.38.0", project_id=None, display_name=None
         )
-        entry = await service.runs.create(session, 0, NANO, lora or LoraConfig(rank=4, seed=seed), {}, optimizer)
+        entry = await service.runs.create(session, 0, base_model, lora or LoraConfig(rank=4, seed=seed), {}, optimizer)
         await cls._finished(service, entry)
         return cls(service, session, await service.runs.live(entry.stream, OWNER))
 
@@ -103,6 +108,13 @@ class Client:
 
 async def kill_engine(service: Service) -> None:
     os.kill((await service.models.get(NANO).engine.running()).pid, signal.SIGKILL)
+
+
+async def park_silent(service: Service, now: float) -> None:
+    """What housekeeping does for the sessions that are silent at `now`."""
+    await service.sessions.mark_silent(now)
+    for base_model in service.sessions.leaving:
+        await service.sessions.let_go(base_model)
 
 
 def before_the_next_append(service, monkeypatch, happens):

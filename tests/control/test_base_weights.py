@@ -120,7 +120,7 @@ def test_a_lazy_model_whose_files_were_put_back_while_it_was_unloaded_goes_on(
 
             async def unloaded_with(source):
                 while service.models.states()[NANO] == "ready":
-                    await service.models.unload_idle()
+                    await service.models.unload_idle(service.models.get(NANO))
                     await asyncio.sleep(0.01)
                 shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
 

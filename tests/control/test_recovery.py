@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.control.conftest import BATCH, NANO, OWNER, Client, datum
+from tests.control.conftest import BATCH, NANO, OWNER, Client, datum, park_silent
 from tinkercloud.api.validate import lora_from
 from tinkercloud.api.wire import json as wire
 from tinkercloud.codec import encode
@@ -90,7 +90,7 @@ def test_a_run_comes_back_with_its_optimizer(serving, run, shared):
             losses = await client.steps(2)
             os.kill((await service.models.get(NANO).engine.running()).pid, signal.SIGKILL)
             losses += await client.steps(1)
-            await service.sessions.park_silent(time.time() + 10_000)
+            await park_silent(service, time.time() + 10_000)
             losses += await client.steps(2)
             os.kill((await service.models.get(NANO).engine.running()).pid, signal.SIGKILL)
             losses += await client.steps(2)
@@ -134,12 +134,12 @@ def test_a_parked_session_comes_back_by_itself(shared, undisturbed):
         expected = undisturbed[:4]
         client = await Client.create(service)
         losses = await client.steps(2)
-        await service.sessions.park_silent(time.time() + 10_000)
+        await park_silent(service, time.time() + 10_000)
         assert (await service.sessions.get(client.session.session_id, OWNER)).state == "parked"
         losses += await client.steps(2)
         assert (await service.sessions.get(client.session.session_id, OWNER)).state == "active"
         assert losses == expected
-        await service.sessions.park_silent(time.time() + 10_000)
+        await park_silent(service, time.time() + 10_000)
         await service.sessions.heartbeat(client.session.session_id, OWNER)
         assert (await service.sessions.get(client.session.session_id, OWNER)).state == "active"
 
@@ -236,9 +236,9 @@ def test_a_silent_session_is_finished_after_its_retention(shared):
         client = await Client.create(service)
         timeout, retention = service._settings.session_timeout_seconds, service._settings.session_retention_seconds
         for _ in range(2):
-            await service.sessions.park_silent(time.time() + (timeout + retention) / 2)
+            await park_silent(service, time.time() + (timeout + retention) / 2)
         assert (await service.sessions.get(client.session.session_id, OWNER)).state == "parked"
-        await service.sessions.park_silent(time.time() + retention + 1)
+        await park_silent(service, time.time() + retention + 1)
         assert (await service.sessions.get(client.session.session_id, OWNER)).state == "finished"
 
     shared(story)
@@ -256,7 +256,7 @@ def test_downtime_is_no_silence(serving, run, tmp_path):
         os.utime(tmp_path / "data" / "ledger.lock", (stopped, stopped))
         async with serving(session_retention_seconds=retention) as service:
             for _ in range(2):
-                await service.sessions.park_silent(time.time())
+                await park_silent(service, time.time())
             states = [
                 (await service.sessions.get(client.session.session_id, OWNER)).state for client in (alive, silent)
             ]

@@ -12,6 +12,8 @@ from tests.control.test_suspects import sample, tokens_of
 from tinkercloud.control import chores, sampler_desk, silence
 from tinkercloud.engine.results import Failure
 
+OTHER = "me/other"
+
 
 async def until(condition):
     async with asyncio.timeout(30):
@@ -20,7 +22,8 @@ async def until(condition):
 
 
 def test_an_engine_that_does_not_go_on(serving, run, monkeypatch, caplog):
-    """First for a while, then for ever: its samples have the tokens that they have on every other day."""
+    """First for a while, then for ever: its samples have the tokens that they have on every other day, and what is of
+    the other base model does not wait for it."""
     monkeypatch.setattr(silence, "SILENT_SECONDS", 1.2)
     monkeypatch.setattr(silence, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(sampler_desk, "ANSWER_SECONDS", 0.05)
@@ -28,19 +31,23 @@ def test_an_engine_that_does_not_go_on(serving, run, monkeypatch, caplog):
     caplog.set_level(logging.INFO, silence.__name__)
 
     async def story():
-        async with serving(stuck_seconds=600.0) as service:
+        models = [{"name": name, "source": "builtin"} for name in (NANO, OTHER)]
+        async with serving(models=models, stuck_seconds=600.0) as service:
             served = service.models.get(NANO)
+            well = await Client.create(service, base_model=OTHER)
             sampler = await service.samplers.unbound(OWNER, NANO, None)
             client = await Client.create(service)
             other = await service.samplers.create(client.session, 0, NANO, None)
             losses = await client.steps(1)
+            ready = dict.fromkeys((NANO, OTHER), "ready")
+            await until(lambda: service.models.states() == ready)
             expected = tokens_of(await Client._finished(service, await sample(service, sampler, 0, 1)))
             await Client._finished(service, await sample(service, other, 0, 1, max_tokens=1))
             load = await served.desk.load()
             assert (load.running, load.waiting, load.pages_used, load.places) == (0, 0, 0, 64) and load.pages > 64
             engine = served.engine.handle
             engine.heard_at -= 100
-            assert service.models.states() == {NANO: "ready"}, "what has nothing to do is not silent"
+            assert service.models.states() == ready, "what has nothing to do is not silent"
 
             os.kill(engine.pid, signal.SIGSTOP)
             running, dropped = await sample(service, sampler, 1, 1), await sample(service, sampler, 2, 2)
@@ -52,16 +59,26 @@ def test_an_engine_that_does_not_go_on(serving, run, monkeypatch, caplog):
             assert await served.desk.load() is None
             await service.tidy(time.time() + 300)
             assert time.monotonic() - began < 1
-            assert list(service._chores._left) == ["Sessions.park_silent"], "the other chores have been done"
+            await until(lambda: list(service._chores._left) == [f"let go in {NANO}"])  # the other chores are done
+            sessions = [client.session.session_id, well.session.session_id]
+            assert [(await service.sessions.get(one, OWNER)).state for one in sessions] == ["parked", "parked"]
+            of_other = service.models.get(OTHER)
+            assert not of_other.conductor._runs[well.model.model_id].resident(of_other.engine.handle)
+            await service.sessions.mark_silent(time.time() + 2 * service._settings.session_retention_seconds)
+            await service.tidy(time.time())
+            await until(lambda: well.model.model_id not in of_other.conductor._runs)
+            assert served.conductor._runs[client.model.model_id].resident(engine), "it waits"
             os.kill(engine.pid, signal.SIGCONT)
             await until(lambda: not service._chores._left)
-            assert await client.steps(1) != losses
+            assert client.model.model_id not in served.conductor._runs
+            assert await (await Client.create(service)).steps(1) == losses
             assert tokens_of(await Client._finished(service, running)) == expected
-            await until(lambda: service.models.states() == {NANO: "ready"})
+            await until(lambda: service.models.states() == ready)
 
             assert served.engine.stuck_seconds == 600
             served.engine.stuck_seconds = 1.4
             os.kill(engine.pid, signal.SIGSTOP)
+            sampler = await service.samplers.unbound(OWNER, NANO, None)
             running = await sample(service, sampler, 3, 1)
             await until(engine.died.is_set)
             served.engine.stuck_seconds = 0.0

@@ -232,13 +232,12 @@ class BaseModels:
         del self._served[name]
         await _end(served)
 
-    async def unload_idle(self) -> None:
-        """End the engines of lazy base models that nobody has used for a while."""
-        for served in self:
-            if served.engine.idle and not served.conductor.busy and not served.desk.pending:
-                log.info("base model %s is idle; unloaded", served.engine.name)
-                await served.conductor.park_all()
-                await served.engine.stop()
+    async def unload_idle(self, served: Served) -> None:
+        """End the engine of a lazy base model that nobody has used for a while."""
+        if served.engine.idle and not served.conductor.busy and not served.desk.pending:
+            log.info("base model %s is idle; unloaded", served.engine.name)
+            await served.conductor.park_all()
+            await served.engine.stop()
 
     def release(self) -> None:
         """The server is about to stop: end the engines that are not ready, and let go of whoever waits for them."""

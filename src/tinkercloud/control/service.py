@@ -7,6 +7,7 @@ that must survive is on disk before a method returns. All raise `tinkercloud.err
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 from tinkercloud.addresses import is_loopback
@@ -110,8 +111,9 @@ class Service:
             await keys.close()
             await ledger.close()
             raise
-        for chore in (ledger.forgive(ledger.downtime), service.sessions.complete_ends(), service.storage.sweep()):
-            await attempt(chore)
+        await attempt("forgive downtime", partial(ledger.forgive, ledger.downtime))
+        await attempt("complete ends", service.sessions.complete_ends)
+        await attempt("sweep", service.storage.sweep)
         for model in settings.models:
             await service.models.serve(model)
         await service.models.serve_added()
@@ -130,14 +132,18 @@ class Service:
         """One round of housekeeping: take up what a lost answer has left, park silent sessions, unload idle models,
         drop what is past its retention."""
         await self._chores.round(
-            self.models.take_up(),
-            self.sessions.park_silent(now),
-            self.models.unload_idle(),
-            self._ledger.expire(now),
-            self._keeper.drop_ended(now),
-            self._keeper.keep_within_budget(),
-            self.checkpoints.drop_expired(now),
-            self.storage.evict(),
+            ("take up", self.models.take_up),
+            ("mark silent sessions", partial(self.sessions.mark_silent, now)),
+        )
+        # A chore for each base model: an engine that hangs keeps nothing of the others from being done.
+        await self._chores.round(
+            *((f"let go in {name}", partial(self.sessions.let_go, name)) for name in self.sessions.leaving),
+            *((f"unload {one.engine.name}", partial(self.models.unload_idle, one)) for one in self.models),
+            ("expire", partial(self._ledger.expire, now)),
+            ("drop ended samplers", partial(self._keeper.drop_ended, now)),
+            ("keep samplers within budget", self._keeper.keep_within_budget),
+            ("drop expired checkpoints", partial(self.checkpoints.drop_expired, now)),
+            ("evict", self.storage.evict),
         )
 
     async def stop(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
+from collections import defaultdict
 from typing import Any
 
 from tinkercloud.config import Settings
@@ -31,6 +32,9 @@ class Sessions:
         self._timeout = settings.session_timeout_seconds
         self._retention = settings.session_retention_seconds
         self._tracing = asyncio.Lock()
+        self._leaving: defaultdict[str, dict[str, None]] = defaultdict(dict)
+        """By base model: the sessions, in the order of their silence, of which something may be in its engine that has
+        to go."""
 
     async def create(
         self,
@@ -151,9 +155,9 @@ class Sessions:
         samplers = await self._ledger.find(SamplerRecord, session_id=session_id)
         return [m.model_id for m in models], [s.sampler_id for s in samplers]
 
-    async def park_silent(self, now: float) -> None:
-        """Put the state of sessions without a sign of life on disk and free their engines' memory; finish those that
-        have been silent for the whole retention time."""
+    async def mark_silent(self, now: float) -> None:
+        """Park the sessions without a sign of life, and finish those that have been silent for the whole retention
+        time; `let_go` does what follows from it. No engine is asked anything."""
         for session in await self._ledger.find(SessionRecord, state="parked"):
             if session.last_heartbeat <= now - self._retention:
                 reason, silent = "silent for too long", {"state": "parked"}
@@ -162,7 +166,7 @@ class Sessions:
                 )
                 if ended is not None and ended.state == "finished":
                     log.info("session %s did not come back; finished", session.session_id)
-                    await self._end(ended, reason)
+                    await self._leave(session.session_id)
         for session in await self._ledger.find(SessionRecord, state="active"):
             if session.last_heartbeat > now - self._timeout:
                 continue
@@ -172,11 +176,44 @@ class Sessions:
             if parked is None or parked.state != "parked":
                 continue  # it has finished meanwhile
             log.info("session %s is silent; parked", session.session_id)
-            models = await self._ledger.find(ModelRecord, session_id=session.session_id)
-            for served in self._models:
-                await served.conductor.park([model.model_id for model in models])
-            for sampler in await self._ledger.find(SamplerRecord, session_id=session.session_id):
-                await self._keeper.close(sampler)
+            await self._leave(session.session_id)
+
+    @property
+    def leaving(self) -> list[str]:
+        """The base models that `let_go` has something to do for."""
+        return [name for name, sessions in self._leaving.items() if sessions]
+
+    async def let_go(self, base_model: str) -> None:
+        """Free what parked sessions have in one base model's engine, with their state on disk, and end what finished
+        ones have of it. What fails is tried again by the next call."""
+        leaving = self._leaving[base_model]
+        while leaving:
+            session_id = next(iter(leaving))
+            del leaving[session_id]  # before its state is read: from here on it may be put there again
+            try:
+                await self._let_go(session_id, base_model)
+            except Exception:
+                leaving[session_id] = None
+                raise
+
+    async def _leave(self, session_id: str) -> None:
+        for kind in (ModelRecord, SamplerRecord):
+            for record in await self._ledger.find(kind, session_id=session_id):
+                self._leaving[record.base_model][session_id] = None
+
+    async def _let_go(self, session_id: str, base_model: str) -> None:
+        session = await self._ledger.get(SessionRecord, session_id)
+        if session is None or session.state == "active":
+            return  # it has come back meanwhile
+        held = {"session_id": session_id, "base_model": base_model}
+        if session.state == "finished":
+            await self._end_members(**held)
+            return
+        if base_model in self._models:
+            models = await self._ledger.find(ModelRecord, **held)
+            await self._models.get(base_model).conductor.park([model.model_id for model in models])
+        for sampler in await self._ledger.find(SamplerRecord, **held):
+            await self._keeper.close(sampler)
 
     async def _end(self, session: SessionRecord, reason: str, detail: str | None = None) -> None:
         """Finish a session: its runs end and its ephemeral samplers go; named checkpoints stay. Every step may be
@@ -185,6 +222,9 @@ class Sessions:
         if session.state != "finished":
             ended = {"finish_reason": reason, "finish_detail": detail}
             await self._ledger.change(SessionRecord, session_id, state="finished", **ended)
-        await self._models.end_runs(await self._ledger.find(ModelRecord, session_id=session_id, state="live"))
-        for sampler in await self._ledger.find(SamplerRecord, session_id=session_id):
+        await self._end_members(session_id=session_id)
+
+    async def _end_members(self, **which: str) -> None:
+        await self._models.end_runs(await self._ledger.find(ModelRecord, state="live", **which))
+        for sampler in await self._ledger.find(SamplerRecord, **which):
             await self._keeper.end(sampler)
