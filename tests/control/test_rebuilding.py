@@ -7,6 +7,7 @@ import sqlite3
 import zlib
 from importlib.metadata import version
 
+import pytest
 from msgspec.structs import replace
 
 from tests.control.conftest import NANO, Client, kill_engine
@@ -15,18 +16,36 @@ from tinkercloud.engine.results import Failure, LossOutput
 from tinkercloud.ledger.records import ModelUnloaded, SnapshotRecord, WeightsLoaded
 
 
-async def damage_snapshots(client: Client, data, count: int) -> None:
-    """Cut the newest snapshots of a run that is not in its engine short."""
+def _cut_short(content: bytes) -> bytes:
+    return content[:1000]
+
+
+def _with_a_flipped_bit(content: bytes) -> bytes:
+    return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+
+
+async def damage_snapshots(
+    client: Client, data, count: int, damaged=_cut_short, name: str = "adapter_model.safetensors"
+) -> None:
+    """Damage the newest snapshots of a run that is not in its engine."""
     snapshots = await client.service._ledger.find(SnapshotRecord, model_id=client.model.model_id)
     assert len(snapshots) == 2
     for snapshot in snapshots[:count]:
-        weights = data / snapshot.folder / "adapter_model.safetensors"
-        content = weights.read_bytes()
-        weights.unlink()
-        weights.write_bytes(content[:1000])
+        file = data / snapshot.folder / name
+        content = file.read_bytes()
+        file.unlink()
+        file.write_bytes(damaged(content))
 
 
-def test_a_damaged_snapshot_costs_a_longer_replay(serving, run, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("damaged", "name"),
+    [
+        (_cut_short, "adapter_model.safetensors"),
+        (_with_a_flipped_bit, "adapter_model.safetensors"),
+        (_with_a_flipped_bit, "optimizer.safetensors"),
+    ],
+)
+def test_a_damaged_snapshot_costs_a_longer_replay(serving, run, tmp_path, caplog, damaged, name):
     async def story():
         async with serving() as service:
             client, undisturbed = await Client.create(service), await Client.create(service)
@@ -35,7 +54,7 @@ def test_a_damaged_snapshot_costs_a_longer_replay(serving, run, tmp_path, caplog
             for _ in range(2):
                 losses += await client.steps(2)
                 await service.models.get(NANO).conductor.park_all()
-            await damage_snapshots(client, tmp_path / "data", 1)
+            await damage_snapshots(client, tmp_path / "data", 1, damaged, name)
             with caplog.at_level(logging.WARNING):
                 assert losses + await client.steps(1) == expected
             assert "an older state and a longer replay" in caplog.text
@@ -136,6 +155,23 @@ def test_a_replay_that_gives_other_results_is_stopped(serving, run, tmp_path, wi
                         outcome.category == "server" and "operation 1 (forward_backward) did not give" in outcome.error
                     )
                 assert (build is not None) == ("not bit for bit" in caplog.text), name
+
+    run(story)
+
+
+def test_a_stored_result_that_cannot_be_read_is_not_compared(serving, run, tmp_path, without_snapshots, caplog):
+    async def story():
+        async with serving() as service:
+            client = await Client.create(service)
+            expected = await (await Client.create(service)).steps(2)
+            losses = await client.steps(1)
+        with contextlib.closing(sqlite3.connect(tmp_path / "data" / "ledger.db")) as database, database:
+            where = "part = 'outcome' AND request_id = ?"
+            database.execute(f"UPDATE small_blobs SET crc = crc - 1 WHERE {where}", [f"{client.model.model_id}:1"])
+        async with serving() as service:
+            client.service = service
+            assert losses + await client.steps(1) == expected
+            assert "operation 1 of" in caplog.text and "is not compared" in caplog.text
 
     run(story)
 

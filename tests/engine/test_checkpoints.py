@@ -217,12 +217,35 @@ SPOILED = {
 }
 
 
+@pytest.mark.parametrize("name", ["adapter_model", "optimizer", "gradients"])
+def test_a_flipped_bit_is_noticed(trainer_of, name, tmp_path):
+    """It is a number like any other, so that nothing but the checksum tells."""
+    trainer, folder = trainer_of(), tmp_path / "adapter"
+    whole = SaveWeights("m", str(folder), with_optimizer=True, with_gradients=True)
+    run(trainer, *shaken("m"), forward_backward("m", DATA), OptimStep("m", AdamParams(1e-3)))
+    run(trainer, forward_backward("m", DATA), whole)
+    file = folder / f"{name}.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-9] ^= 1
+    file.write_bytes(content)
+    load = LoadWeights("m", str(folder), with_optimizer=True, with_gradients=True)
+    (failure,) = run(trainer, load)
+    assert isinstance(failure, Failure) and f"{file.name} of the checkpoint is damaged" in failure.error
+    content[-9] ^= 1
+    file.write_bytes(content)
+    assert not isinstance(run(trainer, load)[0], Failure)
+    (folder / "checksums.json").write_text("[]")
+    (failure,) = run(trainer, load)
+    assert isinstance(failure, Failure) and "checksums.json" in failure.error
+
+
 @pytest.mark.parametrize("spoil, words", SPOILED.values(), ids=SPOILED.keys())
 def test_what_does_not_fit_is_named_and_changes_nothing(trainer_of, spoil, words, tmp_path):
     trainer = trainer_of()
     folder = tmp_path / "adapter"
     run(trainer, *shaken("m"), SaveWeights("m", str(folder), with_optimizer=True), forward_backward("m", DATA))
     before = parameters_of(trainer, "m").clone(), gradient_of(trainer, "m").clone()
+    (folder / "checksums.json").unlink()  # as another program's
     spoil(folder)
     for model_id in ("m", "new"):
         (failure,) = run(trainer, LoadWeights(model_id, str(folder), with_optimizer=True))

@@ -172,7 +172,10 @@ class TrainingRun:
     async def _compare(self, engine: EngineHandle, entry: Entry, replayed: Result) -> None:
         """ReplayError if this is not what the operation gave before: the same bits where the same build computed it and
         can do so again, else about the same loss."""
-        stored = await self._ledger.outcome(entry.request_id)
+        try:
+            stored = await self._ledger.outcome(entry.request_id)
+        except Corrupt as error:
+            return log.warning("operation %d of %s is not compared: %s", entry.seq_id, self.model_id, error)
         if stored is None or not isinstance(replayed, LossOutput | StepOutput):
             return
         before = decode(stored, Outcome)

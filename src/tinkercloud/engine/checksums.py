@@ -30,6 +30,20 @@ def checksum(file: Path) -> int:
     return crc
 
 
+def check(folder: Path, *names: str) -> None:
+    """OperationError if one of these files is not what was written with its checksum: a flipped bit is a number like
+    any other, and nothing else would notice. Files of another program have none and pass."""
+    try:
+        sums: dict[str, int] = dict(json.loads((folder / CHECKSUMS_FILE).read_bytes()).items())
+        differing = [name for name in names if name in sums and checksum(folder / name) != sums[name]]
+    except FileNotFoundError:
+        return  # no checksums, or a file that is missing, which whoever reads it says
+    except (ValueError, AttributeError) as error:
+        raise OperationError(f"{CHECKSUMS_FILE} of the checkpoint is damaged") from error
+    if differing:
+        raise OperationError(f"{differing[0]} of the checkpoint is damaged (its checksum differs)")
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with an adapter folder; None if its files are those that were written. One without checksums, from
     another program, is only looked at for its form."""

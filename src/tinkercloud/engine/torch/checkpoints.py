@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tinkercloud.engine.checksums import write_checksums
+from tinkercloud.engine.checksums import check, write_checksums
 from tinkercloud.engine.external_weights import write_external
 from tinkercloud.engine.fingerprint import same_weights
 from tinkercloud.engine.operations import LoraConfig, OperationError
@@ -187,6 +187,7 @@ def read_adapter(folder: Path, model: BaseModel) -> SavedAdapter:
     """An adapter folder's weights for `model`; ours, or PEFT's. OperationError says what does not fit."""
     if not folder.is_dir():
         raise OperationError(f"there is no checkpoint folder {folder.name!r}")
+    check(folder, CONFIG_FILE, WEIGHTS_FILE)
     config = read_adapter_config(folder)
     modules, copies, metadata = read_weights_header(folder)
     base_model = metadata.get("base_model")
@@ -225,6 +226,7 @@ def read_training_state(folder: Path, adapter: Adapter, *, with_optimizer: bool,
     keys = {name: weight_keys(name) for name in layout.names if name is not None}
     if with_optimizer:
         path = folder / OPTIMIZER_FILE
+        check(folder, path.name)
         tensors, metadata = _header(path)
         adapter.optimizer, adapter.steps = read_optimizer_metadata(metadata)
         for prefix in OPTIMIZERS[adapter.optimizer].moments if tensors else ():
@@ -233,6 +235,7 @@ def read_training_state(folder: Path, adapter: Adapter, *, with_optimizer: bool,
             adapter.moments[prefix] = moment.to(adapter.parameters.device)
     if with_gradients:
         path = folder / GRADIENTS_FILE
+        check(folder, path.name)
         tensors, _ = _header(path)
         if tensors:
             gradient = torch.empty(layout.size)
