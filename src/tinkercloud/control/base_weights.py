@@ -23,11 +23,16 @@ def other_weights(made: MadeOnBase, info: BaseModelInfo, former_folder: str | No
     name = made.base_model
     lay = f" (they lay in {former_folder})" if former_folder else ""
     return (
-        f"{_called(made)} was made on {name} with weights {made.base_fingerprint:.12}{lay}, and {name} now stands for "
-        f"other weights, {info.fingerprint:.12} (in {info.folder}), on which its numbers would be others. It is kept "
-        f"as it is: whoever runs the server can serve the former weights as {name} again, and these under another "
-        "name; or go on with what is served now in a new training run"
+        f"{_called(made)} was made on {name} with weights {_short(made.base_fingerprint)}{lay}, and {name} now stands "
+        f"for other weights, {_short(info.fingerprint)} (in {info.folder}), on which its numbers would be others. It "
+        f"is kept as it is: whoever runs the server can serve the former weights as {name} again, and these under "
+        "another name; or go on with what is served now in a new training run"
     )
+
+
+def _short(fingerprint: str) -> str:
+    """Its last digits: an earlier version's fingerprint is the last part of one (see `fingerprint.fingerprint_of`)."""
+    return fingerprint[-12:]
 
 
 def _called(made: MadeOnBase) -> str:

@@ -88,10 +88,8 @@ class BaseModel:
             for name, module in modules:
                 if name.rpartition(".")[2] in names and isinstance(module, nn.Linear):
                     self._adapt(name, module, part)
-        for (
-            _,
-            module,
-        ) in modules:  # where bits are promised, keys and values are kept: batched products do not keep them
+        for _, module in modules:
+            # Where bits are promised, keys and values are kept: batched products do not keep them.
             if is_latent_attention(module) and not kernels_for(self.dtype, self.device):
                 LatentAttention(module, self._current_attention, self._current_lora)
         self.gates_alternate = any(not module.is_concatenated for _, module in experts if not foreign)
