@@ -91,6 +91,26 @@ def test_doctor_says_that_a_model_cannot_be_served_as_the_engine_says_it(tmp_pat
     assert f"✗ model m GPT2LMHeadModel is not supported: {layer}" in done.stdout
 
 
+def test_doctor_goes_on_after_a_config_that_is_none(tmp_path):
+    sound = json.loads((FOLDER / "config.json").read_bytes())
+    configs = {
+        "number": 3,
+        "words": sound | {"vocab_size": "many", "max_position_embeddings": "long", "num_key_value_heads": "some"},
+        "nothing": sound | {"hidden_size": 0},
+        "parts": {"model_type": "gemma3", "text_config": 5},
+    }
+    models = []
+    for name, config in configs.items():
+        folder = shutil.copytree(FOLDER, tmp_path / name)
+        (folder / "config.json").write_text(json.dumps(config))
+        models += ["--model", f"{name}={folder}"]
+    done = in_process("doctor", "--port", "0", "--device", "cpu", "--data-dir", str(tmp_path), *models)
+    assert done.exit_code == 1 and "data folder" in done.stdout
+    for name in configs:
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"✗ model {name} ")]
+        assert "config.json" in line
+
+
 def test_a_model_that_only_the_hub_could_give_is_refused_in_one_sentence_and_without_a_url(tmp_path):
     options = ("--port", "0", "--data-dir", str(tmp_path), "--model", "some/model")
     done = run("serve", *options, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))

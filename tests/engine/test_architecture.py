@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 from tests.engine.families.conftest import FAMILIES
 from tinkercloud.engine.base_model import EngineOptions
 from tinkercloud.engine.operations import OperationError
+from tinkercloud.engine.torch import model
 from tinkercloud.engine.torch.architecture import refusal_of
 from tinkercloud.engine.torch.model import BaseModel
 
@@ -74,9 +76,45 @@ def test_what_is_no_causal_language_model_is_known_without_weights(tmp_path):
         BaseModel.load(_options(tmp_path))
     assert refusal_of(_options(tmp_path)) == str(refused.value)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "who_knows"}))
-    with pytest.raises(OperationError, match="transformers does not know this model") as refused:
+    with pytest.raises(OperationError, match=r"transformers cannot read its config\.json") as refused:
         BaseModel.load(_options(tmp_path))
     assert refusal_of(_options(tmp_path)) == str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "file, wrong, words",
+    [
+        ("config.json", {"vocab_size": "many"}, r"read its config\.json: .*'vocab_size' expected int, got str"),
+        ("config.json", {"model_type": ["llama"]}, r"cannot read its config\.json: TypeError: unhashable"),
+        ("config.json", {"num_attention_heads": 0}, r"cannot read its config\.json: ZeroDivisionError: "),
+        ("config.json", {"hidden_act": "nonsense"}, r"its config\.json and weights cannot be .*: KeyError: 'nonsense'"),
+        ("config.json", {"quantization_config": [1]}, r"cannot read its config\.json: AttributeError: "),
+        ("config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "are quantised already"),
+        ("generation_config.json", [], r"cannot read its generation_config\.json: TypeError: "),
+        (
+            "generation_config.json",
+            {"eos_token_id": ["x"]},
+            r"in its generation_config\.json, eos_token_id is 'x', which",
+        ),
+    ],
+)
+def test_files_that_are_wrong_are_said_in_a_sentence_with_and_without_weights(
+    file, wrong, words, model_folder, tmp_path
+):
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "m")
+    content = json.loads((folder / file).read_text()) | wrong if wrong else wrong
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(OperationError, match=words) as refused:
+        BaseModel.load(_options(folder))
+    assert refusal_of(_options(folder)) == str(refused.value)
+
+
+def test_what_a_mistake_of_ours_raises_is_a_sentence_and_the_log_has_where(model_folder, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(model, "row_multiple_of", lambda outputs: 1 // 0)
+    with pytest.raises(OperationError, match=r"made of its config\.json and weights: ZeroDivisionError: ") as refused:
+        BaseModel.load(_options(model_folder("llama")))
+    assert "row_multiple_of(outputs" in caplog.text and isinstance(refused.value.__cause__, ZeroDivisionError)
 
 
 def test_recurrent_models_are_refused_either_way(tmp_path):

@@ -12,7 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from tinkercloud.engine.base_model import EngineOptions
+from tinkercloud.engine.fingerprint import fingerprint_of
 from tinkercloud.engine.operations import OperationError
+from tinkercloud.engine.torch import model
+from tinkercloud.engine.torch.loading import weights_of
 from tinkercloud.engine.torch.model import BaseModel
 
 
@@ -49,12 +52,20 @@ def test_what_cannot_be_loaded_says_why(model_folder, tmp_path):
     with pytest.raises(OperationError, match=r"no \*\.safetensors"):
         _load(empty)
     (empty / "model.safetensors").write_bytes(b"")
-    with pytest.raises(OperationError, match="transformers does not know this model"):
+    with pytest.raises(OperationError, match=r"transformers cannot read its config\.json: The checkpoint"):
         _load(empty)
     with pytest.raises(OperationError, match="above the model's own 256"):
         _load(model_folder("qwen3"), max_context=257)
     with pytest.raises(OperationError, match="dtype 'int8' is not one of"):
         _load(model_folder("qwen3"), dtype="int8")
+
+
+def test_an_index_of_weights_that_is_none_is_refused(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder("qwen3"), tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    with pytest.raises(OperationError, match=f"the files in {folder} are not all there, or damaged: AttributeError"):
+        _load(folder)
 
 
 def test_a_damaged_weights_file_is_refused(model_folder, tmp_path):
@@ -64,6 +75,30 @@ def test_a_damaged_weights_file_is_refused(model_folder, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes()[: 500 if path.suffix == ".safetensors" else None])
     with pytest.raises(OperationError, match="damaged or cut short"):
         _load(folder)
+
+
+@pytest.mark.parametrize("changes", [1, 2])
+def test_a_fingerprint_is_of_the_bytes_that_were_loaded(changes, model_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(model_folder("llama"), tmp_path / "m")
+    writes = iter(range(changes))
+
+    def weights_then_a_change(*args):
+        loaded = weights_of(*args)
+        if next(writes, None) is not None:
+            tensors = load_file(folder / "model.safetensors")
+            tensors[UP] = tensors[UP].neg()
+            save_file(tensors, folder / "new", {"format": "pt"})
+            (folder / "new").replace(folder / "model.safetensors")
+        return loaded
+
+    monkeypatch.setattr(model, "weights_of", weights_then_a_change)
+    if changes == 2:
+        with pytest.raises(OperationError, match="they changed meanwhile; load them when they are complete"):
+            _load(folder)
+        return
+    loaded = _load(folder)
+    assert torch.equal(loaded.parameter(UP), load_file(folder / "model.safetensors")[UP])
+    assert loaded.info.fingerprint == fingerprint_of(folder) != fingerprint_of(model_folder("llama"))
 
 
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -127,14 +127,16 @@ def _width(dtype: str, on_gpu: bool) -> int:
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_bytes())
-        return config.get("text_config", config)
+        text = config.get("text_config", config)
+        return text if isinstance(text, dict) else {}
     except (OSError, ValueError, AttributeError):
         return {}
 
 
 def _context(settings: Settings, model: ModelSettings, folder: Path) -> int:
     """Tokens. The sampler's cache has room for at least this many."""
-    return settings.for_model(model, "max_context") or _config(folder).get("max_position_embeddings", 0)
+    own = _config(folder).get("max_position_embeddings")
+    return settings.for_model(model, "max_context") or (own if isinstance(own, int) else 0)
 
 
 def _cached_numbers(folder: Path) -> int:
@@ -143,7 +145,8 @@ def _cached_numbers(folder: Path) -> int:
     try:
         heads = config["num_attention_heads"]
         width = config.get("head_dim") or config["hidden_size"] // heads
-        return 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
+        numbers = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * width
+        return numbers if isinstance(numbers, int) else 0
     except (KeyError, TypeError, ZeroDivisionError):
         return 0
 

@@ -54,7 +54,7 @@ def fingerprint_of(folder: Path, remembered: Path | None = None) -> str:
     In the folder `remembered` is kept what was found, for as long as no file changes. OSError, ValueError if the files
     are not a model's.
     """
-    state = _state_of(folder)
+    state = state_of(folder)
     note = remembered and remembered / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
     if note and (found := _recall(note, state)):
         return found
@@ -73,8 +73,9 @@ def same_weights(one: str, other: str) -> bool:
 # ---------------------------------------------------------------- what was found before
 
 
-def _state_of(folder: Path) -> str:
-    """Changes when a file of the model does: its change time cannot be set, as its modification time can."""
+def state_of(folder: Path) -> str:
+    """Changes when a file of the model does: its change time cannot be set, as its modification time can. OSError,
+    ValueError if the files are not a model's."""
     files = [folder / CONFIG_FILE, *_weight_files(folder)]
     facts = ((str(file), file.stat()) for file in files)
     return json.dumps([(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for name, s in facts])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -22,10 +23,11 @@ from transformers import (
     PreTrainedModel,
     modeling_utils,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from tinkercloud.base_models import hub_refusal
 from tinkercloud.engine.base_model import BaseModelInfo, EngineOptions
-from tinkercloud.engine.fingerprint import fingerprint_of
+from tinkercloud.engine.fingerprint import fingerprint_of, state_of
 from tinkercloud.engine.operations import OperationError
 from tinkercloud.engine.torch.attention import IMPLEMENTATION
 from tinkercloud.engine.torch.build import build_of
@@ -62,17 +64,37 @@ def folder_of(options: EngineOptions) -> Path:
     return folder
 
 
-def one_line(error: Exception) -> str:
-    """What an error says, for the middle of a sentence."""
-    return " ".join(str(error).split())
+TELLING = (ValueError, OSError, RuntimeError, ImportError, StrictDataclassError)
+"""What transformers raises to say what is wrong with a file. Where a file is not what it takes for granted, it raises
+anything."""
+
+NOT_A_MODEL = "its config.json and weights cannot be loaded as a causal language model"
+NOT_SERVED = "no model to be served can be made of its config.json and weights"
 
 
+@contextmanager
+def in_a_sentence(what: str, telling: tuple[type[Exception], ...] = TELLING) -> Iterator[None]:
+    """Whatever is raised within is an OperationError: `what`, and the error's own words. The log of an engine has where
+    an error comes from that is not `telling`: the mistake may be ours."""
+    try:
+        yield
+    except OperationError:
+        raise
+    except Exception as error:
+        if not isinstance(error, telling):
+            log.info("%s", what, exc_info=True)
+        raise OperationError(f"{what}: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return said if isinstance(error, TELLING) else f"{type(error).__name__}: {said}"
+
+
+@in_a_sentence("transformers cannot read its config.json")
 def config_of(folder: Path, options: EngineOptions) -> PreTrainedConfig:
     """A model's configuration, if its positions do not depend on the batch. OperationError."""
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
-        raise OperationError(f"transformers does not know this model: {one_line(error)}") from error
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     of_layers = [part for part in rope.values() if isinstance(part, dict)]
@@ -85,6 +107,7 @@ def config_of(folder: Path, options: EngineOptions) -> PreTrainedConfig:
     own = getattr(text, "max_position_embeddings", None) or 0
     if options.max_context > own > 0:
         raise OperationError(f"max_context {options.max_context} is above the model's own {own}")
+    _eos_tokens_of(folder, text)  # transformers reads the same file beside the weights, and says of which less clearly
     return config
 
 
@@ -114,10 +137,11 @@ def weights_of(
     folder: Path, config: PreTrainedConfig, options: EngineOptions, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     """The model with its weights, where it will run. OperationError."""
-    quantization = quantization_of(options.quantization, config)
+    with in_a_sentence(NOT_A_MODEL):
+        quantization = quantization_of(options.quantization, config)
     # Quantised one by one where they will be, so that the whole in `dtype` need never fit.
     quantized = {"quantization_config": quantization, "device_map": {"": str(device)}} if quantization else {}
-    with _transformers_report() as report:
+    with _transformers_report() as report, in_a_sentence(NOT_A_MODEL):
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -133,9 +157,10 @@ def weights_of(
         except SafetensorError as error:
             damaged = f"a weight file in {folder} is damaged or cut short ({error}); fetch it again"
             raise OperationError(damaged) from error
-        except (ValueError, KeyError, OSError, RuntimeError, ImportError) as error:
-            why = _not_fused(report) or f"it cannot be loaded as a causal language model: {one_line(error)}"
-            raise OperationError(why) from error
+        except Exception as error:
+            if why := _not_fused(report):
+                raise OperationError(why) from error
+            raise
     _check_weights(options.name, type(model).__name__, loading)
     check_unembedding(model)
     return model if quantization else model.to(device)
@@ -230,18 +255,28 @@ def info_of(
     )
 
 
+def state_in(folder: Path) -> str:
+    """Of a model's files, as long as none changes. OperationError."""
+    with in_a_sentence(f"the files in {folder} are not all there, or damaged"):
+        return state_of(folder)
+
+
 def fingerprint_in(folder: Path, remembered: Path | None) -> str:
     """Of a model's files; in `remembered` is kept what was read of them. OperationError."""
-    try:
+    with in_a_sentence(f"the files in {folder} are damaged"):
         return fingerprint_of(folder, remembered)
-    except (OSError, ValueError, LookupError) as error:
-        raise OperationError(f"{folder}: its files are damaged ({type(error).__name__}: {error})") from None
 
 
 def _eos_tokens_of(folder: Path, config: PreTrainedConfig) -> tuple[int, ...]:
-    """generation_config.json's end-of-sequence ids, then the config's, without repeats."""
-    found = [config.eos_token_id]
-    if (folder / "generation_config.json").is_file():
-        found.insert(0, GenerationConfig.from_pretrained(folder).eos_token_id)
-    ids = [token for entry in found for token in (entry if isinstance(entry, list) else [entry]) if token is not None]
+    """generation_config.json's end-of-sequence ids, then the config's, without repeats. OperationError."""
+    found = {"config.json": getattr(config, "eos_token_id", None)}
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        with in_a_sentence(f"transformers cannot read its {GENERATION_CONFIG_NAME}"):
+            found = {GENERATION_CONFIG_NAME: GenerationConfig.from_pretrained(folder).eos_token_id} | found
+    ids = []
+    for file, entry in found.items():
+        of_file = entry if isinstance(entry, list) else [] if entry is None else [entry]
+        if wrong := [token for token in of_file if type(token) is not int]:
+            raise OperationError(f"in its {file}, eos_token_id is {wrong[0]!r}, which is no token id")
+        ids += of_file
     return tuple(dict.fromkeys(ids))

@@ -28,12 +28,15 @@ from tinkercloud.engine.torch.kernels.compiled import kernels_for
 from tinkercloud.engine.torch.latent_attention import LatentAttention, is_latent_attention
 from tinkercloud.engine.torch.linear_attention import GatedDeltaNet, is_gated_delta_net
 from tinkercloud.engine.torch.loading import (
+    NOT_SERVED,
     config_of,
     device_of,
     dtype_of,
     fingerprint_in,
     folder_of,
+    in_a_sentence,
     info_of,
+    state_in,
     weights_of,
 )
 from tinkercloud.engine.torch.lora import BASE_ONLY, CurrentLora, LoraBatch, LoraLinear
@@ -44,6 +47,9 @@ from tinkercloud.engine.torch.threads import ThreadChoice
 
 ROUTERS = re.compile(r"(gate|router)$")
 """Names of the modules that choose experts or weigh them: frozen, as docs/models.md says."""
+
+LOADS = 2
+"""How often files may be loaded, if they change meanwhile: a fingerprint must be of the bytes that were loaded."""
 
 Progress = Callable[[float, str], None]
 """(fraction done, what is being done)"""
@@ -175,20 +181,30 @@ class BaseModel:
             torch.set_num_threads(options.threads)
         report(0.0, "finding files")
         folder = folder_of(options)
-        config = config_of(folder, options)
         device = device_of(options.device)
         dtype = dtype_of(options.dtype, device)
-        report(0.2, "loading weights")
         disable_progress_bar()  # transformers' own; whoever asked for `progress` shows it
-        model = weights_of(folder, config, options, device, dtype)
-        report(0.8, "reading weights for their fingerprint")
-        fingerprint = fingerprint_in(folder, fingerprints)
+        for _ in range(LOADS):
+            before = state_in(folder)
+            report(0.2, "loading weights")
+            model = weights_of(folder, config_of(folder, options), options, device, dtype)
+            report(0.8, "reading weights for their fingerprint")
+            fingerprint = fingerprint_in(folder, fingerprints)
+            if state_in(folder) == before:
+                break
+            model = None  # the next one needs its memory
+        else:
+            raise OperationError(
+                f"each time that the files in {folder} were loaded, they changed meanwhile; load them when they are "
+                "complete and nobody writes there"
+            )
         report(0.9, "checking")
-        base = cls(model, info_of(model, folder, fingerprint, options, device, dtype))
-        base._check_finite()
-        base._check_packing()
-        base.check_whole()
-        base._check_quantized()
+        with in_a_sentence(NOT_SERVED, telling=()):
+            base = cls(model, info_of(model, folder, fingerprint, options, device, dtype))
+            base._check_finite()
+            base._check_packing()
+            base.check_whole()
+            base._check_quantized()
         base.info = structs.replace(base.info, activations=activation_memory(base, options))
         report(1.0, "ready")
         return base
