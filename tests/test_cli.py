@@ -79,9 +79,22 @@ def test_keys_are_made_listed_and_revoked(tmp_path):
         ("revoke", "tml-nobody"): "keys list",
         ("create", "bob", "--expires", "soon"): "30d",
         ("create", "bob", "--max-storage", "much"): "50GB",
+        ("create", "bob", "--expires", "9999999w"): "at most 100 years",
+        ("create", "bob", "--expires", f"{'9' * 5000}h"): "at most 100 years",
+        ("create", "bob", "--max-storage", "90000000TB"): "at most 9223372036854775807 bytes",
+        ("create", "bob", "--max-storage", f"1{'0' * 400}GB"): "50GB",
+        ("create", "b" * 129): "at most 128 letters",
     }
     for arguments, said in wrong.items():
         assert said in str(keys(*arguments).exception)
+    for limit in ("--max-models", "--max-daily-tokens"):
+        refused = keys("create", "bob", limit, "1" + "0" * 19)
+        assert refused.exit_code == 2 and "1<=x<=" in refused.stderr, limit
+    assert keys("create", "b" * 128, "--expires", "36500d", "--max-storage", "8000000TB").exit_code == 0
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as database:  # as it could be made before
+        database.execute("UPDATE api_keys SET expires_at = 6e12 WHERE key_id = 3")
+        database.commit()
+    assert re.search("b{128} .* valid ", keys("list").stdout)
 
 
 MISTAKES = [

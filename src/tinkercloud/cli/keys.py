@@ -29,6 +29,15 @@ keys = typer.Typer(help="Make, list or revoke API keys.", no_args_is_help=True)
 SECONDS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 """Units of `--expires`."""
 
+MAX_SECONDS = 100 * 365 * 86400
+"""The longest that a key may be valid."""
+
+MAX_COUNT = {"models": 2**31 - 1, "bytes": 2**63 - 1, "tokens": 2**63 - 1}
+"""What the database's columns hold."""
+
+MAX_USER = 128
+"""Letters of a user's name."""
+
 USER = re.compile(r"[\w.+@-]+")
 """What a user may be called: it becomes a part of the names of folders."""
 
@@ -43,13 +52,19 @@ def create_key(
     project: Annotated[str | None, typer.Option(help="The project that its sessions belong to, and no other.")] = None,
     operator: Annotated[bool, typer.Option("--operator", help="It may administer the server as well.")] = False,
     max_models: Annotated[
-        int | None, typer.Option(min=1, help="Training runs that the user may have at a time, in live sessions.")
+        int | None,
+        typer.Option(
+            min=1, max=MAX_COUNT["models"], help="Training runs that the user may have at a time, in live sessions."
+        ),
     ] = None,
     max_storage: Annotated[
         str | None, typer.Option(metavar="BYTES", help="What the user's checkpoints may take, such as 50GB.")
     ] = None,
     max_daily_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that the user may train, prefill and sample in a day (UTC).")
+        int | None,
+        typer.Option(
+            min=1, max=MAX_COUNT["tokens"], help="Tokens that the user may train, prefill and sample in a day (UTC)."
+        ),
     ] = None,
     data_dir: options.DataDir = None,
     config: options.Config = None,
@@ -63,6 +78,8 @@ def create_key(
             f"{user!r} is no name for a user, which has letters, digits and _ . + @ -; write one such as alice or "
             "alice@example.org"
         )
+    if len(user) > MAX_USER:
+        raise CommandError(f"a user's name has at most {MAX_USER} letters, and this one {len(user)}")
     secret, now = stored.new_secret(), time.time()
     record = KeyRecord(
         key_id=0,
@@ -168,16 +185,21 @@ def _audit(connection: Connection, event: str, key: KeyRecord) -> None:
 
 def _seconds(text: str) -> float:
     number, unit = text[:-1], text[-1:]
-    if unit not in SECONDS or not number.isdecimal() or not int(number):
+    if unit not in SECONDS or not number.isdecimal() or not number.strip("0"):
         raise CommandError(f"--expires {text}: write a number and a unit, such as 12h, 30d or 8w")
+    if len(number) > len(str(MAX_SECONDS)) or int(number) * SECONDS[unit] > MAX_SECONDS:
+        raise CommandError(f"--expires {text}: at most 100 years (36500d); without --expires it is valid for ever")
     return int(number) * SECONDS[unit]
 
 
 def _bytes(text: str) -> int:
     try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+    except (ValidationError, OverflowError):
         raise CommandError(f"--max-storage {text}: write a number of bytes, such as 50GB or 512MiB") from None
+    if not 0 <= size <= MAX_COUNT["bytes"]:
+        raise CommandError(f"--max-storage {text}: at most {MAX_COUNT['bytes']} bytes")
+    return size
 
 
 def _state(key: KeyRecord) -> str:
@@ -185,7 +207,10 @@ def _state(key: KeyRecord) -> str:
         return "revoked"
     if key.expires_at is None:
         return "valid"
-    ends = f"{datetime.fromtimestamp(key.expires_at, UTC):%Y-%m-%d %H:%M} UTC"
+    try:
+        ends = f"{datetime.fromtimestamp(key.expires_at, UTC):%Y-%m-%d %H:%M} UTC"
+    except (ValueError, OverflowError, OSError):
+        return "valid"  # until a year of which no calendar knows
     return f"expired {ends}" if key.expires_at <= time.time() else f"until {ends}"
 
 
