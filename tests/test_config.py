@@ -113,7 +113,16 @@ def test_models_from_file_and_environment(monkeypatch, tmp_path):
     [
         ({"models": ["a=missing"]}, "there is no folder 'missing'"),
         ({"models": ["a=mine/config.json"]}, "model a=mine/config.json: 'mine/config.json' is a file; give the folder"),
-        ({"models": ["./mine/config.json"]}, "'mine/config.json' is a file; give the folder"),
+        ({"models": ["./mine/config.json"]}, "model ./mine/config.json: 'mine/config.json' is a file; give the folder"),
+        (
+            {"models": ["a" * 201]},
+            "'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' ... (201 letters) is too long for a model's name",
+        ),
+        ({"models": ["a" * 10000]}, "(File name too long) nor the name of one, which has at most 200 letters"),
+        ({"models": [f"a={'b' * 300}"]}, "(File name too long) nor the name of one, which has at most 200 letters"),
+        ({"models": [f"{'a' * 201}=mine"]}, "is too long for a model's name, which has at most 200 letters"),
+        ({"models": [{"name": "a", "source": f"{'a' * 101}/{'b' * 101}"}]}, "is too long for a model's name"),
+        ({"models": ["~no-such-user/x"]}, "Could not determine home directory"),
         ({"models": ["empty"]}, "has no config.json"),
         ({"models": ["../x y"]}, "neither a folder nor a Hugging Face id"),
         ({"models": ["a/../b"]}, "neither a folder nor a Hugging Face id"),

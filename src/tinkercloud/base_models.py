@@ -14,6 +14,9 @@ EMBEDDED = "tinkercloud/nano"
 NAME = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?)(/[A-Za-z0-9][\w.-]*)?(:[\w.:-]+)?", re.ASCII)
 """A model's name: a Hugging Face id, behind which a `/variant` and a `:suffix` may stand."""
 
+MAX_NAME = 200
+"""Letters of a name; the Hugging Face hub has shorter ones."""
+
 OPTIONS = re.compile(r"(.*?)((?:,[a-z_]+=[^,/=]*)*)", re.DOTALL)
 """What a model is, and the settings behind it."""
 
@@ -37,10 +40,10 @@ def parse_model(text: str) -> dict[str, Any]:
     """
     head, tail = OPTIONS.fullmatch(text).groups()
     fields: dict[str, Any] = {"name": head}
-    if "=" in head and not Path(head).expanduser().is_dir():
+    if "=" in head and not _is_folder(head):
         fields["name"], folder = head.split("=", 1)
         fields["source"] = folder
-        if folder not in (EMBEDDED, "builtin") and not Path(folder).expanduser().is_dir():
+        if folder not in (EMBEDDED, "builtin") and not _is_folder(folder):
             raise ModelError(f"model {text}: {_no_folder(folder)}")
     return fields | dict(option.split("=", 1) for option in tail.split(",")[1:])
 
@@ -62,19 +65,19 @@ def resolve_source(name: str, source: str) -> tuple[str, str]:
     """
     if source in (EMBEDDED, "builtin") or (not source and name == EMBEDDED):
         return _checked(name), "builtin"
-    folder = Path(source or name).expanduser()
-    if folder.is_dir():
+    if _is_folder(source or name):
+        folder = Path(source or name).expanduser()
         if not (folder / "config.json").is_file():
             raise ModelError(
                 f"the folder {folder} has no config.json; a model's folder is as `save_pretrained` writes it"
             )
         return _checked(name if source or NAME.fullmatch(name) else folder.resolve().name), str(folder.resolve())
     hub = NAME.fullmatch(source or name)
-    if not hub and folder.exists():
-        raise ModelError(f"model {name}: {_no_folder(str(folder))}")
+    if not hub and (file := Path(source or name).expanduser()).exists():
+        raise ModelError(_no_folder(str(file)))
     if not hub:
-        raise ModelError(f"{source or name!r} is neither a folder nor a Hugging Face id such as Qwen/Qwen3-8B")
-    return _checked(name), hub["id"]
+        raise ModelError(f"{_short(source or name)} is neither a folder nor a Hugging Face id such as Qwen/Qwen3-8B")
+    return _checked(name), _checked(hub["id"])
 
 
 def source_folder(source: str) -> str:
@@ -122,6 +125,22 @@ def hub_refusal(error: Exception) -> str:
     return f"the hub cannot be asked ({type(why).__name__}: {' '.join(str(why).split()):.200})"
 
 
+def _is_folder(path: str) -> bool:
+    """Whether there is such a folder. ModelError if the system cannot say."""
+    try:
+        return Path(path).expanduser().is_dir()
+    except (OSError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(
+            f"{_short(path)} is neither a model's folder ({why}) nor the name of one, which has at most {MAX_NAME} "
+            "letters"
+        ) from None
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= MAX_NAME else f"{text[:40]!r} ... ({len(text)} letters)"
+
+
 def _no_folder(path: str) -> str:
     if Path(path).expanduser().exists():
         return f"{path!r} is a file; give the folder that it is in"
@@ -130,5 +149,7 @@ def _no_folder(path: str) -> str:
 
 def _checked(name: str) -> str:
     if not NAME.fullmatch(name):
-        raise ModelError(f"{name!r} cannot be a model's name; use one such as my-model or me/my-model")
+        raise ModelError(f"{_short(name)} cannot be a model's name; use one such as my-model or me/my-model")
+    if len(name) > MAX_NAME:
+        raise ModelError(f"{_short(name)} is too long for a model's name, which has at most {MAX_NAME} letters")
     return name

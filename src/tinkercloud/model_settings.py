@@ -114,7 +114,7 @@ def read_model(item: Any) -> ModelSettings:
         return ModelSettings.model_validate(fields)
     except ValidationError as error:
         called = item if isinstance(item, str) else fields.get("name", fields) if isinstance(fields, dict) else fields
-        raise ModelError(f"model {called}: {sentences(error, ModelSettings)}") from None
+        raise ModelError(f"model {called!s:.200}: {sentences(error, ModelSettings)}") from None
 
 
 def read_models(value: Any) -> Any:

@@ -35,6 +35,13 @@ def models(server, *arguments: str) -> str:
     return done.stdout
 
 
+def refused_model(server, *arguments: str) -> str:
+    line = [sys.executable, "-m", "tinkercloud", "models", *arguments, "--url", server.url]
+    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
 def served(server) -> dict[str, str]:
     return httpx.get(f"{server.url}/api/v1/healthz").json()["engines"]
 
@@ -84,6 +91,10 @@ def test_an_added_model_is_served_until_it_is_removed(server, tmp_path, folder):
 
 def test_a_model_of_the_command_line_wins(server, folder):
     models(server, "add", f"{MINE}={folder},max_rank=16,kv_cache_bytes=1MiB,dtype=float32", "--lazy")
+    unknown = refused_model(server, "remove", "me/zzz")
+    assert f"there is no base model 'me/zzz'; there are: {MINE}, {NANO}\n" in unknown
+    too_long = httpx.post(f"{server.url}/api/v1/admin/models", json={"name": "a" * 10000})
+    assert too_long.status_code == 400 and "at most 200 letters" in too_long.json()["detail"]
     assert [line.split() for line in models(server, "list").splitlines()] == [
         [NANO, "idle", "(lazy)", "builtin"],
         [MINE, "idle", "(lazy)", str(folder), "dtype=float32,max_rank=16,kv_cache_bytes=1048576"],

@@ -146,7 +146,8 @@ def list_sessions(
             project = f"project {session['project_id']}" if session["project_id"] else "session"
             rows.append((session["session_id"], session["owner"], session["state"], heard, project))
             for run in session["training_runs"]:
-                what = f"training run of {run['base_model']}, {run['applied_seq'] + 1} operations"
+                done = run["applied_seq"] + 1
+                what = f"training run of {run['base_model']}, {done} operation{'s' * (done != 1)}"
                 rows.append((f"  {run['model_id']}", "", run["state"], "", what))
             for sampler in session["samplers"]:
                 rows.append((f"  {sampler['sampler_id']}", "", "", "", f"sampler of {sampler['base_model']}"))

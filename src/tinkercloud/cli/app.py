@@ -17,6 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.callback()(version.common)
 app.command()(serve.serve)
 app.command()(demo.demo)
 app.command()(doctor.doctor)

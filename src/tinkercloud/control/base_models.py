@@ -221,8 +221,11 @@ class BaseModels:
         """Stop serving a base model, and forget that it was added; how many training runs wait for it from now on.
         NotFound."""
         was_added = await self._memory.forget(name)
-        if name in self._served or not was_added:
+        if name in self._served:
             await self.withdraw(name)
+        elif not was_added:
+            there = ", ".join(sorted({*self._served, *self._memory.added})) or "none"
+            raise NotFound(f"there is no base model {name!r:.300}; there are: {there}")
         return await self._ledger.count(ModelRecord, base_model=name, state="live")
 
     async def withdraw(self, name: str) -> None:
