@@ -24,7 +24,7 @@ async def until(condition):
 def test_an_engine_that_does_not_go_on(serving, run, monkeypatch, caplog):
     """First for a while, then for ever: its samples have the tokens that they have on every other day, and what is of
     the other base model does not wait for it."""
-    monkeypatch.setattr(silence, "SILENT_SECONDS", 1.2)
+    monkeypatch.setattr(silence, "SILENT_SECONDS", 0.5)
     monkeypatch.setattr(silence, "LOOK_SECONDS", 0.05)
     monkeypatch.setattr(sampler_desk, "ANSWER_SECONDS", 0.05)
     monkeypatch.setattr(chores, "CHORE_SECONDS", 0.1)
@@ -32,7 +32,7 @@ def test_an_engine_that_does_not_go_on(serving, run, monkeypatch, caplog):
 
     async def story():
         models = [{"name": name, "source": "builtin"} for name in (NANO, OTHER)]
-        async with serving(models=models, stuck_seconds=600.0) as service:
+        async with serving(models=models, stuck_seconds=3.0) as service:
             served = service.models.get(NANO)
             well = await Client.create(service, base_model=OTHER)
             sampler = await service.samplers.unbound(OWNER, NANO, None)
@@ -75,15 +75,34 @@ def test_an_engine_that_does_not_go_on(serving, run, monkeypatch, caplog):
             assert tokens_of(await Client._finished(service, running)) == expected
             await until(lambda: service.models.states() == ready)
 
-            assert served.engine.stuck_seconds == 600
-            served.engine.stuck_seconds = 1.4
             os.kill(engine.pid, signal.SIGSTOP)
             sampler = await service.samplers.unbound(OWNER, NANO, None)
             running = await sample(service, sampler, 3, 1)
             await until(engine.died.is_set)
-            served.engine.stuck_seconds = 0.0
             assert tokens_of(await Client._finished(service, running)) == expected
 
     run(story)
     said = "\n".join(record.getMessage() for record in caplog.records)
-    assert re.search(r"kill -9(.*\n)*.*goes on\n(.*\n)*.*kill -9(.*\n)*.*has come no further for 1 s .*ending it", said)
+    assert re.search(r"kill -9(.*\n)*.*goes on\n(.*\n)*.*kill -9(.*\n)*.*has come no further for 3 s .*ending it", said)
+
+
+def test_an_engine_is_heard_out_after_this_process_stood_still(shared, monkeypatch):
+    """What it has said meanwhile has not been read when it is looked at."""
+
+    async def story(service):
+        engine = await service.models.get(NANO).engine.running()
+        sampler = await service.samplers.unbound(OWNER, NANO, None)
+        await Client._finished(service, await sample(service, sampler, None, max_tokens=1))  # the first takes longer
+        monkeypatch.setattr(silence, "LOOK_SECONDS", 0.0)
+        watching = asyncio.create_task(silence.watch(NANO, engine, 0.3))
+        drawn = await sample(service, sampler, None, max_tokens=1)
+        while not engine.silent_seconds:
+            await asyncio.sleep(0)
+        time.sleep(0.4)
+        monkeypatch.setattr(silence, "LOOK_SECONDS", 0.5)
+        for one in (drawn, await sample(service, sampler, None, max_tokens=1)):
+            assert tokens_of(await Client._finished(service, one))
+        assert not engine.died.is_set() and not watching.done()
+        watching.cancel()
+
+    shared(story)

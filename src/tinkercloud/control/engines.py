@@ -168,7 +168,7 @@ class KeptEngine:
                 self._handle = handle
                 await self._enter("ready")
                 log.info("engine %s ready (pid %d) after %.1f s", self.name, handle.pid, time.monotonic() - started)
-                await watch(self.name, handle, lambda: self.stuck_seconds)
+                await watch(self.name, handle, self.stuck_seconds)
             except EngineLoadError as error:
                 await self._enter(f"failed: {error}")
                 return

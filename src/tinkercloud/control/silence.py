@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
 
 from tinkercloud.control.engine_handle import EngineHandle
 
@@ -24,19 +23,19 @@ def silence_of(handle: EngineHandle | None) -> str:
     return f"has come no further for {silent:.0f} s" if silent >= SILENT_SECONDS else ""
 
 
-async def watch(name: str, handle: EngineHandle, stuck_seconds: Callable[[], float]) -> None:
+async def watch(name: str, handle: EngineHandle, stuck_seconds: float) -> None:
     """Look after an engine until it has died: warn when it is silent, and end it when it has been for `stuck_seconds`
     (0: never). Whoever waits for it then goes on with the next one, as after any other death."""
-    warned, heard_at = False, handle.heard_at
+    warned, suspected = False, None
     while not handle.died.is_set():
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_SECONDS):
                 await handle.died.wait()
-        # What came while this process itself was stopped is read only now: silence counts from the second look on.
-        looked_before, heard_at = heard_at == handle.heard_at, handle.heard_at
-        silence, limit = silence_of(handle), stuck_seconds()
-        if limit and looked_before and handle.silent_seconds > limit:
-            log.error("engine %s has come no further for %.0f s (stuck_seconds); ending it", name, limit)
+        silence, is_stuck = silence_of(handle), 0 < stuck_seconds < handle.silent_seconds
+        # What came while this process itself stood still may be read behind this look: the next one ends the engine.
+        before, suspected = suspected, handle.heard_at if is_stuck else None
+        if is_stuck and before == handle.heard_at:
+            log.error("engine %s has come no further for %.0f s (stuck_seconds); ending it", name, stuck_seconds)
             handle.kill()
             await handle.died.wait()
         elif silence and not warned:
