@@ -40,14 +40,18 @@ def run(server):
 
 
 def sampling(server) -> dict[str, int]:
-    """How full the sampler is."""
-    (model,) = httpx.get(f"{server.url}/api/v1/admin/models", timeout=PATIENCE).json()["models"]
-    return model["sampling"] or {}
+    """How full the sampler is. The server says nothing of one that is busy for a second: it is asked again."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        (model,) = httpx.get(f"{server.url}/api/v1/admin/models", timeout=PATIENCE).json()["models"]
+        if model["sampling"]:
+            return model["sampling"]
+        assert time.monotonic() < deadline, model
 
 
 def until_empty(server, seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
-    while (load := sampling(server)) == {} or load["running"] or load["waiting"]:
+    while (load := sampling(server))["running"] or load["waiting"]:
         assert time.monotonic() < deadline, load
         time.sleep(0.02)
     assert load["pages_used"] == 0
@@ -111,7 +115,7 @@ def test_a_cancelled_future_frees_its_pages_at_once(server, run):
     sampler = run.service.create_sampling_client(base_model=NANO).result(PATIENCE)
     sample = sampler.sample(PROMPT, 64, types.SamplingParams(max_tokens=1600, stop=[]))
     deadline = time.monotonic() + PATIENCE
-    while not (sampling(server).get("running") and sampler._futures_poller and sampler._futures_poller._events):
+    while not (sampling(server)["running"] and sampler._futures_poller and sampler._futures_poller._events):
         assert time.monotonic() < deadline
     assert sample.future().cancel()
     until_empty(server, seconds=3)
