@@ -110,8 +110,9 @@ def test_what_was_made_before_weights_were_recorded_gets_those_that_it_runs_on(s
 
 
 def test_a_lazy_model_whose_files_were_put_back_while_it_was_unloaded_goes_on(
-    serving, run, tmp_path, other, undisturbed
+    serving, run, tmp_path, other, undisturbed, caplog
 ):
+    """With what was accepted before it was known that they are others, of which the log tells."""
     folder = tmp_path / "lazy"
     shutil.copytree(FOLDER, folder)
 
@@ -127,11 +128,16 @@ def test_a_lazy_model_whose_files_were_put_back_while_it_was_unloaded_goes_on(
 
             client = await Client.create(service)
             losses = await client.steps(1)
+            sampler = await service.samplers.unbound(OWNER, NANO, None)
             await unloaded_with(other)
+            samples = [await service.samplers.sample(sampler, number, draw(sampler)) for number in range(2)]
             kept = await client.send("forward_backward", ForwardBackward(client.model.model_id, BATCH, "cross_entropy"))
             await service.models.get(NANO).engine.loaded(now=True)
             with pytest.raises(InvalidRequest, match="serve the former weights"):
                 await client.send("optim_step", OptimStep(client.model.model_id, AdamParams()))
+            assert caplog.text.count(f"samples wait. sampler {sampler.sampler_id} was made on") == 1
+            for sample in samples:  # which keep it from being unloaded
+                await service.samplers.cancel(sample.request_id, OWNER)
             await unloaded_with(FOLDER)
             client.seq_id = kept.seq_id
             await client.optim_step()

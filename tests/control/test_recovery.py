@@ -20,6 +20,7 @@ from tinkercloud.engine.operations import FindSample, ForwardBackward, Sample, S
 from tinkercloud.engine.results import Failure, SampleOutput
 from tinkercloud.errors import Ended, InvalidRequest, NotFound
 from tinkercloud.ledger.records import SessionRecord, SnapshotRecord
+from tinkercloud.model_settings import ModelSettings
 
 
 def test_a_run_goes_on_after_the_server_was_stopped(serving, run, undisturbed):
@@ -61,6 +62,19 @@ def test_what_is_sent_while_an_engine_dies_runs_on_the_next_one(serving, run):
             assert len(await client.steps(1)) == 1
 
     run(story)
+
+
+def test_an_engine_that_could_not_load_is_waited_for(shared, tmp_path):
+    """A task that nobody holds may be collected while it runs, with a traceback in the log and a zombie left."""
+    (tmp_path / "config.json").write_text("{}")
+
+    async def story(service):
+        with pytest.raises(InvalidRequest, match="cannot be served"):
+            await service.models.add(ModelSettings(name="broken", source=str(tmp_path)))
+        readers = [task for task in asyncio.all_tasks() if "EngineHandle._read" in repr(task)]
+        assert len(readers) == len(list(service.models))
+
+    shared(story)
 
 
 def test_a_run_goes_on_after_its_engine_was_killed(serving, run, undisturbed):

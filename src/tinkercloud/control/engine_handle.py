@@ -82,7 +82,11 @@ class EngineHandle:
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
         self._reading = asyncio.create_task(self._read())
         self._send(Start(self._options, scratch_folder(self._options.name), FINGERPRINTS))
-        return await asyncio.shield(self._ready)
+        try:
+            return await asyncio.shield(self._ready)
+        except EngineLoadError:
+            await self._reading  # the process ends by itself, and nobody else waits for it
+            raise
 
     @property
     def info(self) -> BaseModelInfo:

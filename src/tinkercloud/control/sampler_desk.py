@@ -12,7 +12,7 @@ from contextlib import suppress
 from tinkercloud.codec import encode
 from tinkercloud.config import Settings
 from tinkercloud.control.arrivals import Arrivals
-from tinkercloud.control.base_weights import fits
+from tinkercloud.control.base_weights import fits, other_weights
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.control.engines import KeptEngine
 from tinkercloud.control.inflight import InflightWeights
@@ -72,6 +72,8 @@ class SamplerDesk:
         """Samples of each sampler that have not ended."""
         self._closing: set[str] = set()
         """Samplers to close when their last sample has ended."""
+        self._waits_in: dict[str, EngineHandle] = {}
+        """Samplers whose samples wait for other weights than the engine's."""
         self._deaths: Counter[str] = Counter()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._cancelled: dict[str, asyncio.Event] = {}
@@ -109,6 +111,7 @@ class SamplerDesk:
         self._running[entry.stream] -= 1
         if not self._running[entry.stream]:
             del self._running[entry.stream]
+            self._waits_in.pop(entry.stream, None)
 
     async def cancel(self, request_id: str) -> None:
         """Stop a sample if it waits or runs; its future then fails."""
@@ -240,6 +243,7 @@ class SamplerDesk:
                     log.error("%s; sample %s runs again on the next one", error, request_id)
             if not has_its_weights:
                 # The next engine may have been loaded from what its base model was before.
+                self._say_what_it_waits_for(sampler, engine)
                 await _first_of(engine.died, self._cancelled[request_id])
                 if self._cancelled[request_id].is_set():
                     return CANCELLED
@@ -249,6 +253,12 @@ class SamplerDesk:
                     "ran alone, and it was given up; the server's log has the details",
                     "server",
                 )
+
+    def _say_what_it_waits_for(self, sampler: SamplerRecord, engine: EngineHandle) -> None:
+        """Once for all samples of a sampler: they were accepted before it was known, and an SDK does not say it."""
+        if self._waits_in.get(sampler.sampler_id) is not engine:
+            self._waits_in[sampler.sampler_id] = engine
+            log.warning("samples wait. %s", other_weights(sampler, engine.info, None))
 
     async def _sample_in(self, engine: EngineHandle, request_id: str, payload: bytes, sampler: SamplerRecord) -> Result:
         opened = await self._open(engine, sampler)
