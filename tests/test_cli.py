@@ -157,6 +157,15 @@ def test_a_taken_port_is_said_at_once():
     assert "cannot listen on 127.0.0.1" in done.stderr and "--port" in done.stderr
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "no-such-host.invalid"])
+def test_a_host_that_is_not_here_is_said_to_be_the_host(tmp_path, host):
+    assert in_process("keys", "create", "alice", "--data-dir", str(tmp_path)).exit_code == 0
+    done = run("serve", "--host", host, "--port", "0", "--data-dir", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.endswith("; give another --host, an address of this machine\n"), done.stderr
+    assert f"cannot listen on {host}:0: " in done.stderr and "--port" not in done.stderr
+
+
 def test_a_newer_servers_data_are_one_line(tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as database:
         database.execute("CREATE TABLE alembic_version (version_num TEXT)")

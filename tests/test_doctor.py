@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -41,6 +42,12 @@ def test_doctor_says_how_to_mend_what_is_broken(tmp_path):
     assert all(mend.startswith("  → ") for mend in broken.values())
     for start in ("TINKERCLOUD_PROT", "port 127.0.0.1", "data folder", "model mine", "model nobody/nothing"):
         assert any(name.startswith(start) for name in broken), (start, done.stdout)
+
+
+def test_doctor_says_of_a_host_that_is_not_here_that_it_is_the_host(tmp_path):
+    done = in_process("doctor", "--host", "192.0.2.1", "--data-dir", str(tmp_path))
+    (mend,) = re.findall(r"✗ port .*\n  → (.*)", done.stdout)
+    assert mend == "give another --host, an address of this machine"
 
 
 def test_doctor_goes_on_after_models_that_are_wrong(tmp_path):

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from tests import s3 as moto
+from tests.command_line import in_process
 from tests.control.conftest import BATCH, NANO, OWNER, Client
 from tests.control.stores import files_of, settled
 from tinkercloud.config import Settings
@@ -183,6 +184,11 @@ def test_a_crash_between_two_steps_leaves_nothing_for_long(serving, run, tmp_pat
         assert len(reading.keys()) == 5
         assert [one.what for one in problems(data, None, reading) if one.lost] == []
         assert "not looked at" in " ".join(one.what for one in problems(data))
+        unseen = in_process("fsck", str(data))
+        verdict = (
+            "nothing is lost; 1 checkpoint in a store was not looked at: give --checkpoints-url, as the server has"
+        )
+        assert verdict in unseen.stdout.splitlines()[-1] and unseen.exit_code == 0
         back_up(data, None, tmp_path / "backup")
         assert not (tmp_path / "backup" / "cache").exists() and not (tmp_path / "backup" / "store_id").exists()
         assert [one.what for one in problems(tmp_path / "backup", None, reading) if one.lost] == []

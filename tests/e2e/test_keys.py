@@ -148,3 +148,12 @@ def test_a_command_on_the_servers_machine_needs_no_key(shared):
         )
         assert done.returncode == status, done.stderr
         assert NANO in done.stdout if status == 0 else "not valid here" in done.stderr
+    listed = subprocess.run(
+        [*command[:3], "checkpoints", "list", "--url", shared.url],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environ | {"TINKERCLOUD_DATA_DIR": str(shared.data_dir)},
+    )
+    said = "None of the operator's; a user's are listed by `tinker checkpoint list` with that user's key.\n"
+    assert (listed.returncode, listed.stdout, listed.stderr) == (0, "", said)

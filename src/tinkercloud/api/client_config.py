@@ -59,13 +59,14 @@ async def auth_token(request: Request) -> dict[str, Any]:
 
 
 @router.get("/auth/apikey/me")
-async def get_own_key(request: Request) -> dict[str, Any]:
-    """What is known of the key of this request; id 0 where the server has no keys."""
+async def get_own_key(request: Request, service: ServiceOf) -> dict[str, Any]:
+    """What is known of the key of this request; id 0 where the server has no keys, and for a command on its machine."""
     caller = caller_of(request)
+    without = "a command on the server's machine needs no key" if service.keys.configured else tokens.NO_KEYS
     return {
         "key_id": 0 if caller.key is None else caller.key.key_id,
         "name": caller.owner if caller.key is None else caller.key.name,
-        "note": "this server has no keys" if caller.key is None else f"{caller.key.hint}…",
+        "note": without if caller.key is None else f"{caller.key.hint}…",
         "details": {
             "org_details": {"name": tokens.ORGANIZATION},
             "user_details": {"email": tokens.email_of(caller.owner)},

@@ -20,6 +20,9 @@ TOKEN_SECONDS = 3600
 OPERATOR_SECONDS = 60
 """How long a token is valid that a command on the server's machine makes for itself."""
 
+NO_KEYS = "this server has no keys"
+"""Said of a request's key where any would do."""
+
 ORGANIZATION = "tinkercloud"
 ALGORITHM = "HS256"
 SECRET_FILE = "token.secret"

@@ -105,9 +105,19 @@ def list_checkpoints(url: Url = None) -> None:
             rows.append((checkpoint["tinker_path"], f"{saved:%Y-%m-%d %H:%M}", decimal(checkpoint["size_bytes"])))
         total = page["cursor"]["total_count"] if page["checkpoints"] else 0
     if not rows[1:]:
-        err.print("No checkpoints yet.")
+        err.print(_no_checkpoints(url), soft_wrap=True)
         return
     print_columns(rows)
+
+
+def _no_checkpoints(url: str | None) -> str:
+    from tinkercloud.api.tokens import NO_KEYS
+
+    asking = _ask(url, "GET", "/api/v1/auth/apikey/me", "key_id")
+    if asking["note"] == NO_KEYS:
+        return "No checkpoints yet."
+    whose = f"{asking['name']}'s" if asking["key_id"] else "the operator's"
+    return f"None of {whose}; a user's are listed by `tinker checkpoint list` with that user's key."
 
 
 @checkpoints.command("import")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import shutil
@@ -99,7 +100,9 @@ def doctor(
         if check.warns or not check.ok:
             out.print(f"  [yellow]→[/] {escape(check.mend)}", soft_wrap=True)
     broken = sum(not check.ok for check in checks)
-    out.print(f"\nTo mend: {broken} of {len(checks)}." if broken else "\nAll is well.")
+    warned = sum(check.ok and check.warns for check in checks)
+    well = f"\nNothing is broken; {warned} of {len(checks)} to look at (!)." if warned else "\nAll is well."
+    out.print(f"\nTo mend: {broken} of {len(checks)}." if broken else well)
     raise typer.Exit(1 if broken else 0)
 
 
@@ -164,6 +167,8 @@ def machine(settings: Settings) -> Iterator[Check]:
                     yield Check(f"engine {name}", True, state, mend, warns=state not in SOUND_STATES)
             else:
                 mend = "stop the program that listens there, or give another --port"
+                if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                    mend = "give another --host, an address of this machine"
                 yield Check("port", False, f"{where}: {error.strerror}", mend)
         else:
             port = f"{settings.host}:{settings.port} is free" if settings.port else "any that is free"
@@ -229,6 +234,8 @@ def memory(settings: Settings, cuda: bool) -> Iterator[Check]:
 
 def storage(settings: Settings) -> Iterator[Check]:
     """Whether the log, the database and the data folder can be used, and there is room."""
+    from tinkercloud.ledger.lock import holder
+
     if settings.log_file:
         why_not = "Is a directory" if settings.log_file.is_dir() else _unwritable(settings.log_file.parent)
         yield Check(
@@ -260,7 +267,12 @@ def storage(settings: Settings) -> Iterator[Check]:
         return
     free = shutil.disk_usage(_nearest(folder)).free
     found = f"{folder} ({free / MIB:,.0f} MiB free)"
-    yield Check("data folder", free >= MIN_DISK_BYTES, found, "make room, or give another --data-dir")
+    mend = "make room, or give another --data-dir"
+    process = holder(folder)
+    if process is not None and free >= MIN_DISK_BYTES:
+        found += f"; a server runs on it (process {process})"
+        mend = "stop that one before another is started on it, or give this one a --data-dir of its own"
+    yield Check("data folder", free >= MIN_DISK_BYTES, found, mend, warns=process is not None)
 
 
 def _nearest(folder: Path) -> Path:

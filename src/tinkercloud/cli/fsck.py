@@ -59,8 +59,15 @@ def fsck(
         out.print(f"{mark} {escape(problem.what)}", soft_wrap=True)
         out.print(f"  [yellow]→[/] {escape(problem.mend)}", soft_wrap=True)
     lost = sum(problem.lost for problem in found)
+    unseen = sum(problem.unseen for problem in found)
     if lost:
-        out.print(f"\nTo mend: {lost} of {len(found)}.")
+        verdict = f"\nTo mend: {lost} of {len(found)}"
+    elif unseen:
+        verdict = "Of what was looked at, nothing is lost"
     else:
-        out.print(f"{'Nothing is lost' if found else 'All is as it was written'}.")
+        verdict = "Nothing is lost" if found else "All is as it was written"
+    if unseen:
+        those = f"{unseen} checkpoints in a store were" if unseen > 1 else "1 checkpoint in a store was"
+        verdict += f"; {those} not looked at: give --checkpoints-url, as the server has it"
+    out.print(f"{verdict}.", soft_wrap=True)
     raise typer.Exit(1 if lost else 0)

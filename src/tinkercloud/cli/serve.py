@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import socket
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
@@ -75,12 +76,13 @@ def serve(
     except StartError as error:
         raise CommandError(str(error)) from None
     except OSError as error:
-        if error.errno not in (errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.EACCES):
+        no_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        if not no_host and error.errno not in (errno.EADDRINUSE, errno.EACCES):
             raise
-        raise CommandError(
-            f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; "
-            "give another --port, or 0 for any free one"
-        ) from None
+        mend = "give another --port, or 0 for any free one"
+        if no_host:
+            mend = "give another --host, an address of this machine"
+        raise CommandError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; {mend}") from None
     finally:
         bars.stop()
     err.print("Stopped; everything is on disk.")

@@ -36,6 +36,8 @@ class Problem(NamedTuple):
     mend: str
     lost: bool = True
     """Whether something is gone that no server brings back by itself."""
+    unseen: bool = False
+    """Whether it was not looked at, so that nobody knows."""
 
 
 def problems(data_dir: Path, url: str | None = None, store: CheckpointStore | None = None) -> list[Problem]:
@@ -104,7 +106,7 @@ def _stored(data_dir: Path, folder: str, name: str, store: CheckpointStore | Non
     copy = damage(data_dir / folder) if (data_dir / folder).is_dir() else "it is missing"
     if store is None:
         mend = "give --checkpoints-url, as the server has it"
-        yield Problem(f"{key_of(folder)} ({name}): it lies in a store, which was not looked at", mend, False)
+        yield Problem(f"{key_of(folder)} ({name}): it lies in a store, which was not looked at", mend, False, True)
         return
     try:
         wrong = store.damage(key_of(folder))

@@ -20,6 +20,22 @@ class DataDirInUse(Exception):
         self.data_dir, self.holder = data_dir, holder
 
 
+def holder(data_dir: Path) -> str | None:
+    """The process that works in a data directory, `unknown` if it does not say; None if none does, or nobody may look.
+    Changes nothing."""
+    try:
+        file = os.open(data_dir / FILE, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(file, 32, 0).decode() or "unknown"
+    finally:
+        os.close(file)
+    return None
+
+
 class DataDirLock:
     """An operating-system lock on `<data_dir>/ledger.lock`: it ends with its process, however that ends."""
 
