@@ -10,6 +10,7 @@ import time
 from tests.control.conftest import NANO, OWNER, Client
 from tests.control.test_suspects import sample, tokens_of
 from tinkercloud.control import chores, sampler_desk, silence
+from tinkercloud.control.engine_state import SOUND_STATES
 from tinkercloud.engine.results import Failure
 
 OTHER = "me/other"
@@ -47,11 +48,13 @@ def test_an_engine_that_does_not_go_on(serving, run, monkeypatch, caplog):
             assert (load.running, load.waiting, load.pages_used, load.places) == (0, 0, 0, 64) and load.pages > 64
             engine = served.engine.handle
             engine.heard_at -= 100
+            assert served.engine.status in SOUND_STATES
             assert service.models.states() == ready, "what has nothing to do is not silent"
 
             os.kill(engine.pid, signal.SIGSTOP)
             running, dropped = await sample(service, sampler, 1, 1), await sample(service, sampler, 2, 2)
             await until(lambda: "come no further" in service.models.states()[NANO])
+            assert served.engine.state == "ready" and served.engine.status not in SOUND_STATES
             began = time.monotonic()
             await service.samplers.cancel(dropped.request_id, OWNER)
             assert isinstance(await Client._finished(service, dropped), Failure), "who cancels does not wait for it"

@@ -24,6 +24,7 @@ from tinkercloud.cli import options
 from tinkercloud.cli.console import out
 from tinkercloud.cli.memory import ENGINE_BYTES, ask_hub, local_folder, model_bytes
 from tinkercloud.config import Settings, unknown_variables
+from tinkercloud.control.engine_state import SOUND_STATES
 from tinkercloud.model_settings import ModelSettings, read_model
 from tinkercloud.setting_errors import ConfigError
 from tinkercloud.units import MIB
@@ -34,10 +35,6 @@ MIN_DISK_BYTES = 1024 * MIB
 
 SERVER_SECONDS = 5.0
 """How long a server that listens at the port may take to say what it is."""
-
-
-SOUND_STATES = ("loading", "ready", "restarting", "idle", "stopping", "stopped")
-"""Of an engine; any other tells of something to be mended."""
 
 
 class Check(NamedTuple):

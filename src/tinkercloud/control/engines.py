@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tinkercloud.control.engine_handle import EngineDied, EngineHandle, EngineLoadError
+from tinkercloud.control.engine_state import EngineState
 from tinkercloud.control.silence import silence_of, watch
 from tinkercloud.control.suspects import Lane
 from tinkercloud.engine.base_model import BaseModelInfo, EngineOptions
@@ -46,8 +47,9 @@ class KeptEngine:
         self.lazy = lazy
         self.idle_seconds = idle_seconds
         self.stuck_seconds = stuck_seconds
-        self.state = "idle"
-        """idle, loading, ready, restarting, stopping, stopped, or failed: and why"""
+        self.state: EngineState = "idle"
+        self.failure: str | None = None
+        """Why the model can never be served as it is configured; None as long as it may."""
         self.info: BaseModelInfo | None = None
         """Known from the first time that the model was loaded."""
         self.lane = Lane()
@@ -66,14 +68,12 @@ class KeptEngine:
 
     @property
     def status(self) -> str:
-        """The state as users see it: with what is to be known of an engine that does not go on."""
+        """The state as users see it: a sound one is its word alone; else with why, or with what is to be known of an
+        engine that does not go on."""
+        if self.failure is not None:
+            return f"{self.state}: {self.failure}"
         silence = silence_of(self._handle)
         return f"{self.state}, but {silence}" if silence else self.state
-
-    @property
-    def failure(self) -> str | None:
-        """Why the model can never be served as it is configured; None as long as it may."""
-        return self.state.removeprefix("failed: ") if self.state.startswith("failed: ") else None
 
     @property
     def released(self) -> bool:
@@ -170,7 +170,7 @@ class KeptEngine:
                 log.info("engine %s ready (pid %d) after %.1f s", self.name, handle.pid, time.monotonic() - started)
                 await watch(self.name, handle, self.stuck_seconds)
             except EngineLoadError as error:
-                await self._enter(f"failed: {error}")
+                await self._enter("failed", str(error))
                 return
             except EngineDied:
                 pass
@@ -183,7 +183,8 @@ class KeptEngine:
             self._handle = None
             failures = 0 if time.monotonic() - started > STEADY_SECONDS else failures + 1
             if self.info is None and failures >= MAX_LOAD_DEATHS:
-                await self._enter(f"failed: its engine process ended {failures} times while loading; see the log")
+                why = f"its engine process ended {failures} times while loading; see the log"
+                await self._enter("failed", why)
                 return
             pause = RESTART_SECONDS[min(failures, len(RESTART_SECONDS)) - 1] if failures else 0.0
             log.error("engine %s died; starting it again in %.0f s", self.name, pause)
@@ -193,7 +194,7 @@ class KeptEngine:
     def _progress(self, fraction: float, text: str) -> None:
         self._on_progress(self.name, fraction, text)
 
-    async def _enter(self, state: str) -> None:
+    async def _enter(self, state: EngineState, failure: str | None = None) -> None:
         async with self._changed:
-            self.state = state
+            self.state, self.failure = state, failure
             self._changed.notify_all()
