@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, Request
 from msgspec import to_builtins
+from msgspec.structs import asdict
 from pydantic import ValidationError
 
 from tinkercloud.addresses import is_loopback
@@ -27,9 +28,6 @@ from tinkercloud.base_models import ModelError, missing_tokenizer
 from tinkercloud.errors import Forbidden, InvalidRequest
 from tinkercloud.model_settings import ModelSettings
 from tinkercloud.setting_errors import sentences
-
-LOAD = ("running", "waiting", "places", "pages_used", "pages")
-"""Of a `Place`: what is of all samples."""
 
 DRAIN_SECONDS = 60
 """How long one request waits for a session to drain."""
@@ -63,7 +61,7 @@ async def list_models(service: ServiceOf) -> dict[str, Any]:
                 "lazy": served.engine.lazy,
                 "settings": served.settings.own(),
                 "adapters": to_builtins(served.engine.handle and served.engine.handle.adapters),
-                "sampling": load and {name: getattr(load, name) for name in LOAD},
+                "sampling": load and asdict(load),
             }
             for served, load in zip(models, loads, strict=True)
         ]

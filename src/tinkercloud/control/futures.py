@@ -56,8 +56,8 @@ class Futures:
         if place is None or place.has_begun:
             return None
         return (
-            f"{place.waiting} sequences wait for {base_model}, which draws {place.places} at a time; this sample "
-            "begins when its turn comes, after others of its session and beside those of other sessions"
+            f"{place.load.waiting} sequences wait for {base_model}, which draws {place.load.places} at a time; this "
+            "sample begins when its turn comes, after others of its session and beside those of other sessions"
         )
 
     async def acknowledge(self, sampler: SamplerRecord, request_ids: Iterable[str]) -> None:

@@ -21,8 +21,8 @@ from tinkercloud.control.passing import PASSING, RETRY_SECONDS
 from tinkercloud.control.stability import is_recorded
 from tinkercloud.control.storage import Storage
 from tinkercloud.control.suspects import MAX_DEATHS, SUSPECTS_TOGETHER
-from tinkercloud.engine.operations import CancelSample, CloseSampler, FindSample, OpenSampler
-from tinkercloud.engine.results import Failure, Place, Result
+from tinkercloud.engine.operations import AskLoad, CancelSample, CloseSampler, FindSample, OpenSampler
+from tinkercloud.engine.results import Failure, Place, Result, SamplerLoad
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.entries import CLIENT_SEQ_IDS
 from tinkercloud.ledger.ledger import Ledger
@@ -124,21 +124,13 @@ class SamplerDesk:
 
     async def place(self, request_id: str) -> Place | None:
         """Where a sample stands in the engine; None if that is not known now."""
-        return await self._find(self._opened_in, request_id) if request_id in self._tasks else None
-
-    async def load(self) -> Place | None:
-        """What all samples take in the engine; None if it is not loaded, or does not say so at once."""
-        return await self._find(self._engine.handle, "")
-
-    async def _find(self, engine: EngineHandle | None, request_id: str) -> Place | None:
-        if engine is None:
-            return None
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                found = await engine.ask(encode(FindSample(request_id)))
-        except (TimeoutError, EngineDied):
-            return None
+        found = await _answer(self._opened_in, FindSample(request_id)) if request_id in self._tasks else None
         return found if isinstance(found, Place) else None
+
+    async def load(self) -> SamplerLoad | None:
+        """What all samples take in the engine; None if it is not loaded, or does not say so at once."""
+        load = await _answer(self._engine.handle, AskLoad())
+        return load if isinstance(load, SamplerLoad) else None
 
     async def close(self, sampler_id: str) -> None:
         """Free a sampler's weights in the engine, when its last sample has ended; they stay on disk."""
@@ -330,6 +322,15 @@ class SamplerDesk:
                 return
             if sampler_id != spared and not self.runs(sampler_id):
                 await self.close(sampler_id)
+
+
+async def _answer(engine: EngineHandle | None, question: FindSample | AskLoad) -> Result | None:
+    """None if there is no engine, or it does not answer at once."""
+    with suppress(TimeoutError, EngineDied):
+        if engine is not None:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                return await engine.ask(encode(question))
+    return None
 
 
 async def _first_of(*events: asyncio.Event) -> None:

@@ -284,5 +284,9 @@ class FindSample(Struct, frozen=True, tag="find_sample"):
     request_id: str
 
 
-SampleOperation = OpenSampler | CloseSampler | Sample | CancelSample | FindSample
+class AskLoad(Struct, frozen=True, tag="ask_load"):
+    """Ask how full the sampler is. Result: `SamplerLoad`."""
+
+
+SampleOperation = OpenSampler | CloseSampler | Sample | CancelSample | FindSample | AskLoad
 Operation = TrainOperation | SampleOperation

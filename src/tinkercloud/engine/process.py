@@ -33,6 +33,7 @@ from tinkercloud.engine.messages import (
     receive,
 )
 from tinkercloud.engine.operations import (
+    AskLoad,
     CancelSample,
     CloseSampler,
     FindSample,
@@ -155,6 +156,8 @@ class Engine:
                 self._send(Answer(ask.ask_id, self._sampler.cancel(operation)))
             case FindSample():
                 self._send(Answer(ask.ask_id, self._sampler.find(operation)))
+            case AskLoad():
+                self._send(Answer(ask.ask_id, self._sampler.load))
 
     def _send(self, message: CycleDone | Answer | Working) -> None:
         self._socket.sendall(frame(message))

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from tinkercloud.engine.base_model import AdapterMemory, BaseModelInfo
 from tinkercloud.engine.operations import CancelSample, CloseSampler, FindSample, OpenSampler, Sample, TrainOperation
-from tinkercloud.engine.results import Place, Result
+from tinkercloud.engine.results import Place, Result, SamplerLoad
 
 
 class Turns(Protocol):
@@ -76,6 +76,11 @@ class Sampler(Protocol):
 
     def find(self, operation: FindSample) -> Place:
         """Where a request stands."""
+        ...
+
+    @property
+    def load(self) -> SamplerLoad:
+        """What all requests take."""
         ...
 
     @property

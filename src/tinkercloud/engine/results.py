@@ -84,13 +84,11 @@ class SampleOutput(Struct, frozen=True, tag="sampled"):
     prompt_alt_tokens: AltTokens | None = None
 
 
-class Place(Struct, frozen=True, tag="place"):
-    """Where a sample stands, and what all of them take."""
+class SamplerLoad(Struct, frozen=True, tag="sampler_load"):
+    """What all samples take."""
 
-    has_begun: bool
-    """Also of one that has ended, or is not known."""
     waiting: int
-    """Sequences that wait, its own among them."""
+    """Sequences that wait."""
     places: int
     """Sequences that run together at most."""
     running: int
@@ -101,6 +99,15 @@ class Place(Struct, frozen=True, tag="place"):
     """Pages that there are."""
 
 
+class Place(Struct, frozen=True, tag="place"):
+    """Where a sample stands."""
+
+    has_begun: bool
+    """Also of one that has ended, or is not known."""
+    load: SamplerLoad
+    """Of all, its own sequences among them."""
+
+
 class Failure(Struct, frozen=True, tag="failure"):
     """The operation did not happen. `category` as the SDK's RequestErrorCategory: "user" if the caller can mend it."""
 
@@ -108,4 +115,4 @@ class Failure(Struct, frozen=True, tag="failure"):
     category: Literal["user", "server", "unknown"]
 
 
-Result = Done | LossOutput | StepOutput | SaveOutput | LoadOutput | SampleOutput | Place | Failure
+Result = Done | LossOutput | StepOutput | SaveOutput | LoadOutput | SampleOutput | Place | SamplerLoad | Failure

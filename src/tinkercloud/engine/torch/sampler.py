@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinkercloud.engine.base_model import EngineOptions
 from tinkercloud.engine.operations import CancelSample, CloseSampler, FindSample, OpenSampler, OperationError, Sample
-from tinkercloud.engine.results import Done, Failure, Place, Result
+from tinkercloud.engine.results import Done, Failure, Place, Result, SamplerLoad
 from tinkercloud.engine.torch.adapter import frozen_weights
 from tinkercloud.engine.torch.attention import Attention
 from tinkercloud.engine.torch.batching import ContinuousBatch, Turn
@@ -167,12 +167,17 @@ class TorchSampler:
         return Done()
 
     def find(self, operation: FindSample) -> Place:
-        """Whether a request has begun, how many sequences run and wait, and the pages that they hold."""
+        """Whether a request has begun, and what all take."""
         request = self._requests.get(operation.request_id)
         begun = request is None or any(one.pages or one.generated for one in request.sequences)
+        return Place(begun, self.load)
+
+    @property
+    def load(self) -> SamplerLoad:
+        """How many sequences run and wait, and the pages that they hold."""
         batch, cache = self._batch, self._cache
-        return Place(
-            begun, batch.num_waiting, batch.max_sequences, batch.num_running, cache.used, cache.used + cache.free
+        return SamplerLoad(
+            batch.num_waiting, batch.max_sequences, batch.num_running, cache.used, cache.used + cache.free
         )
 
     @property
