@@ -34,7 +34,7 @@ never a mean, and gradients add up until `optim_step`. All inputs are required, 
 [N, K] for K weighted targets a position where a loss says so; only what comes from a record of sampling is not to be
 sent ([stable_reinforce](#stable_reinforce)). A 2-D `torch` tensor of targets or weights travels sparsely when that is
 shorter; entries that it leaves out are target 0 of weight 0. An input or a key of `loss_fn_config` that a loss does not
-have is refused by name.
+have is refused by name. The page on sampling has a whole [loop](sampling.md#reinforcement-learning).
 
 In the formulas lp is the current log-probability of a target, q the sampler's (`logprobs`), A the advantage,
 r = exp(lp - q) their probability ratio, sg(x) is x without its gradient. A log-ratio above {LOG_RATIO_LIMIT:g} counts
