@@ -27,6 +27,7 @@ from tinkercloud.control.conductor import Unfinished
 from tinkercloud.control.engines import OnProgress
 from tinkercloud.control.housekeeping import keep_house
 from tinkercloud.control.service import NoKeys, Service
+from tinkercloud.event_loop import new_event_loop
 from tinkercloud.ledger.database import DatabaseInUse, UnusableDatabase, WrongVersion
 from tinkercloud.ledger.lock import DataDirInUse
 
@@ -53,17 +54,8 @@ def run(
     `on_stopping` at every signal, with what the stop waits for. Raises StartError if a base model cannot be loaded or
     the data folder not be used, OSError if the port is taken.
     """
-    with asyncio.Runner(loop_factory=event_loop) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(_serve(settings, on_progress, on_listening, on_ready, on_stopping))
-
-
-def event_loop() -> asyncio.AbstractEventLoop:
-    """uvloop's, where it exists: a request costs a fifth less."""
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
 
 
 class _Server(uvicorn.Server):

@@ -12,8 +12,8 @@ from tinker.proto.request_conv import forward_backward_request_to_proto
 
 from tests.api.tenants import Tenants
 from tests.serving import Server
+from tinkercloud.event_loop import new_event_loop
 from tinkercloud.nano import FOLDER
-from tinkercloud.server import event_loop
 
 MODEL = "me/small"
 SETTINGS = {
@@ -103,7 +103,7 @@ class Run:
 @pytest.fixture(scope="package")
 def tenants(tmp_path_factory):
     """A server in this process, which tests share; `run` runs a coroutine with it."""
-    with asyncio.Runner(loop_factory=event_loop) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         started = runner.run(Tenants.start(tmp_path_factory.mktemp("tenants") / "data"))
         started.run = lambda coroutine: runner.run(asyncio.wait_for(coroutine, 120))
         started.things = started.run(started.begin())

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from tinker import types
 
 from tests.api.tenants import json_batch, make_key
@@ -89,7 +90,10 @@ def test_a_training_run_is_stopped_and_its_session_goes_on(tenants):
     tenants.run(story())
 
 
-def test_a_sampler_is_stopped_with_what_it_draws(tenants):
+@pytest.mark.parametrize("what", ["samplers", "sessions"])
+def test_a_sampler_is_stopped_with_what_it_draws(tenants, what):
+    """By itself, or with its session."""
+
     async def story():
         things = await tenants.begin()
         sample = {
@@ -98,10 +102,10 @@ def test_a_sampler_is_stopped_with_what_it_draws(tenants):
         }
         options = {"sampling_params": {"max_tokens": 400, "stop": []}, "num_samples": 8}
         await tenants.post("/asample", seq_id=0, **sample, **options)
-        await operate(tenants, f"samplers/{things.sampler}/stop")
+        await operate(tenants, f"{what}/{things.sampler if what == 'samplers' else things.session}/stop")
         assert not await tenants.service._ledger.pending(things.sampler)
         gone = await tenants.ask("owner", "POST", "/asample", sample | {"seq_id": 1} | options)
-        assert gone.status_code == 404
+        assert gone.status_code in (404, 410)
 
     tenants.run(story())
 

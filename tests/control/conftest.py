@@ -22,8 +22,8 @@ from tinkercloud.engine.operations import (
     OptimizerFamily,
     OptimStep,
 )
+from tinkercloud.event_loop import new_event_loop
 from tinkercloud.ledger.records import CheckpointRecord
-from tinkercloud.server import event_loop
 
 NANO = "tinkercloud/nano"
 OWNER = "local"
@@ -160,7 +160,7 @@ def shared(tmp_path_factory):
     """Run a coroutine function with a service that many tests share (a start takes seconds), to its end within two
     minutes. It must leave the service as it found it: its engine alive, its base model served."""
     settings = Settings.load(data_dir=tmp_path_factory.mktemp("shared") / "data")
-    with asyncio.Runner(loop_factory=event_loop) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         service = runner.run(Service.start(settings, lambda model, fraction, text: None))
         yield lambda story: runner.run(asyncio.wait_for(story(service), timeout=120))
         runner.run(service.stop())
@@ -181,7 +181,7 @@ def run():
     """Run a coroutine function to its end, within two minutes."""
 
     def run_it(coroutine_function):
-        with asyncio.Runner(loop_factory=event_loop) as runner:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
             return runner.run(asyncio.wait_for(coroutine_function(), timeout=120))
 
     return run_it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any
 
 from tinkercloud.codec import encode
@@ -56,9 +57,12 @@ class Operator:
         return [await self._described(session) for session in sessions[offset : offset + limit]]
 
     async def stop_session(self, session_id: str) -> None:
-        """End a session now: what waits in it fails. NotFound."""
+        """End a session now: what waits in it fails, and its samplers go with what they draw. NotFound."""
         session = await self._session(session_id)
         await self._sessions.finish(session_id, session.owner, REASON)
+        for sampler in await self._ledger.find(SamplerRecord, session_id=session_id):
+            with suppress(NotFound):  # it went by itself meanwhile
+                await self.stop_sampler(sampler.sampler_id)
 
     async def drain_session(self, session_id: str, timeout: float) -> bool:
         """Let what was accepted in a session end, and nothing behind it; then end it. False if that takes longer than
