@@ -158,7 +158,7 @@ def test_half_precision(folder):
 
 def test_refused_without_the_library(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
-    with pytest.raises(OperationError, match=r"8bit needs bitsandbytes: pip install 'tinkercloud\[quantized\]'"):
+    with pytest.raises(OperationError, match=r"8bit needs bitsandbytes: pip install -e '.\[quantized\]'"):
         load(folder, "8bit")
 
 

@@ -194,7 +194,7 @@ def quantization(settings: Settings) -> Iterator[Check]:
         try:
             yield Check(name, True, metadata.version(name))
         except metadata.PackageNotFoundError:
-            yield Check(name, False, "is not installed", "pip install 'tinkercloud[quantized]'")
+            yield Check(name, False, "is not installed", "pip install -e '.[quantized]' in tinkercloud's clone")
 
 
 def memory(settings: Settings, cuda: bool) -> Iterator[Check]:

@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 OWNER = "owner.json"
 BLOCK_BYTES = 2**20
 
-EXTRAS = {"s3": "pip install 'tinkercloud[s3]'", "s3a": "pip install 'tinkercloud[s3]'"}
+EXTRAS = dict.fromkeys(("s3", "s3a"), "pip install -e '.[s3]' in tinkercloud's clone")
 """How to get what a protocol needs, where we have an extra for it."""
 
 

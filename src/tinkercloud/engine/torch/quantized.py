@@ -40,7 +40,7 @@ def quantization_of(wanted: Quantization, config: PreTrainedConfig) -> BitsAndBy
     missing = [name for name in ("bitsandbytes", "accelerate") if find_spec(name) is None]
     if missing:
         raise OperationError(
-            f"quantization {wanted} needs {' and '.join(missing)}: pip install 'tinkercloud[quantized]'"
+            f"quantization {wanted} needs {' and '.join(missing)}: pip install -e '.[quantized]' in tinkercloud's clone"
         )
     return BitsAndBytesConfig(
         load_in_8bit=wanted == "8bit",
