@@ -33,7 +33,7 @@ app = typer.Typer(pretty_exceptions_enable=False)
 @app.command("kills")
 def kills_command(
     kills: Annotated[int, typer.Option(min=1, help="How many kills.")] = 100,
-    rounds: Annotated[int, typer.Option(min=0, help="Steps of each tenant; 0: as many as kills.")] = 0,
+    rounds: Annotated[int, typer.Option(min=0, help="Steps of each tenant; 0: twice as many as kills.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the script and of the kills.")] = 0,
     minutes: Annotated[float, typer.Option(help="Kill nothing after so many minutes.")] = 60.0,
     postgresql: Annotated[bool, typer.Option("--postgresql", help="Keep the ledger in PostgreSQL.")] = False,
@@ -42,7 +42,7 @@ def kills_command(
     """Kill the engine, the server or both at random moments of a training script and compare it with one to which
     nothing happens. Exit status 1 if the two differ in a bit or an answer took too long."""
     os.environ["TINKER_TELEMETRY"] = "0"
-    rounds = rounds or kills  # fewer are over before the last kill: answers go on while one is struck
+    rounds = rounds or 2 * kills  # fewer are over before the last kill: answers go on while one is struck
     folder = Path(tempfile.mkdtemp(prefix="tinkercloud-chaos-"))
     out.print(f"data, logs and the client's errors: {folder}")
     with Server(folder / "undisturbed") as server:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +56,15 @@ class Script:
     @property
     def running(self) -> bool:
         return self._reading.is_alive()
+
+    def all_have_gone_on(self, since: int) -> bool:
+        """Whether every tenant that has not ended has been answered something that was computed after answer `since`:
+        its last two may have been computed before. What has ended two engines is given up by design, so nothing that
+        one kill has hit may be hit by the next."""
+        answers = list(self.answers)
+        ended = {answer["tenant"] for answer in answers if answer["what"] == "final"}
+        since_then = Counter(answer["tenant"] for answer in answers[since:])
+        return all(since_then[tenant] > 2 for tenant in {answer["tenant"] for answer in answers} - ended)
 
     def wait(self) -> None:
         self._reading.join()
@@ -141,8 +150,11 @@ def disturbed(
             time.sleep(dice.uniform(0, 0.1))
             if not script.running or time.monotonic() > deadline:
                 break
+            before = len(script.answers)
             happened.append(_strike(server, sampler, dice))
             on_kill(happened[-1])
+            while script.running and time.monotonic() < deadline and not script.all_have_gone_on(before):
+                time.sleep(0.005)
         script.wait()
     finally:
         script.end()
@@ -155,10 +167,7 @@ def disturbed(
 
 
 def _strike(server: Server, sampler: tinker.SamplingClient, dice: random.Random) -> Kill:
-    """Kill something, perhaps once more before that is over, and wait until the server computes again.
-
-    What has ended two engines is given up by design, so no engine is killed twice before something was answered.
-    """
+    """Kill something, perhaps once more before that is over, and wait until the server computes again."""
     what = dice.choice(["engine", "children", "server", "both"])
     if what == "children":  # the process from which engines are forked, too
         for child in psutil.Process(server.process.pid).children(recursive=True):
