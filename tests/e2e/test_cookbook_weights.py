@@ -140,3 +140,18 @@ def test_older_sdks_get_an_archive(training, server, tmp_path):
         assert archive.getnames() == ["adapter_config.json", "adapter_model.safetensors", "checkpoint_complete"]
         archive.extractall(tmp_path, filter="data")
     assert peft.PeftModel.from_pretrained(plain(FOLDER), tmp_path).active_adapter == "default"
+
+
+def test_a_damaged_file_is_not_downloaded(training, server, rest):
+    path = training.save_weights_external("damaged").result().path
+    run, checkpoint = path.removeprefix("tinker://").split("/", 1)
+    links = rest.get_external_weights_urls(path).result().urls
+    archive = httpx.get(f"{server.url}/api/v1/training_runs/{run}/checkpoints/{checkpoint}/archive").headers["location"]
+    (file,) = (server.data_dir / "checkpoints").glob("*/*/damaged/*/adapter_model.safetensors")
+    weights = bytearray(file.read_bytes())
+    weights[-1] ^= 1
+    file.write_bytes(weights)
+    for link in (links["adapter_model.safetensors"], archive):
+        answer = httpx.get(link)
+        assert answer.status_code == 400 and "adapter_model.safetensors of the checkpoint is damaged" in answer.text
+    assert httpx.get(links["adapter_config.json"]).status_code == 200

@@ -72,8 +72,10 @@ async def download(token: str, name: str, request: Request, service: ServiceOf) 
         await service.checkpoints.bring(checkpoint)
     if checkpoint.folder != claims["folder"] or not folder.is_dir():
         raise NotFound("the checkpoint behind this link was replaced; ask for a new link")
+    names = await service.checkpoints.files(checkpoint) if name == ARCHIVE else [name]
+    await service.checkpoints.check(checkpoint, *names)
     if name == ARCHIVE:
-        files = [folder / file for file in await service.checkpoints.files(checkpoint)]
+        files = [folder / file for file in names]
         return StreamingResponse(
             _tar(files), media_type="application/x-tar", headers={"content-length": str(_tar_bytes(files))}
         )

@@ -22,6 +22,7 @@ from tinkercloud.control.folders import (
     parse_checkpoint_path,
 )
 from tinkercloud.control.storage import Storage
+from tinkercloud.engine import checksums
 from tinkercloud.engine.base_model import BaseModelInfo
 from tinkercloud.engine.external_weights import AGE_SUFFIX
 from tinkercloud.engine.operations import CloseSampler, LoraConfig, OpenSampler, OperationError
@@ -92,6 +93,13 @@ class Checkpoints:
         await self.bring(checkpoint)
         names = {file.name.removesuffix(AGE_SUFFIX): file.name for file in self.folder(checkpoint).iterdir()}
         return sorted(names[name] for name in (CONFIG_FILE, WEIGHTS_FILE) if name in names)
+
+    async def check(self, checkpoint: CheckpointRecord, *names: str) -> None:
+        """InvalidRequest if one of these files in its `folder` is not what was written."""
+        try:
+            await asyncio.to_thread(checksums.check, self.folder(checkpoint), *names)
+        except OperationError as error:
+            raise InvalidRequest(str(error)) from error
 
     # ------------------------------------------------------------ changing what there is
 
