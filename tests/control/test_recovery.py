@@ -5,10 +5,12 @@ import json
 import os
 import resource
 import signal
+import sqlite3
 import time
 
 import numpy as np
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from tests.control.conftest import BATCH, NANO, OWNER, Client, datum, park_silent
 from tinkercloud.api.validate import lora_from
@@ -268,7 +270,14 @@ def test_downtime_is_no_silence(serving, run, tmp_path):
                 await service._ledger.change(SessionRecord, client.session.session_id, last_heartbeat=heard_of)
                 service._ledger._deferred._touches.sessions.clear()
         os.utime(tmp_path / "data" / "ledger.lock", (stopped, stopped))
+        with sqlite3.connect(tmp_path / "data" / "ledger.db") as database:
+            database.execute("CREATE TRIGGER no BEFORE UPDATE ON sessions BEGIN SELECT RAISE(ABORT, 'not now'); END")
         async with serving(session_retention_seconds=retention) as service:
+            with pytest.raises(IntegrityError):
+                await park_silent(service, time.time())  # as the start could not record it
+            with database:
+                database.execute("DROP TRIGGER no")
+            database.close()
             for _ in range(2):
                 await park_silent(service, time.time())
             states = [

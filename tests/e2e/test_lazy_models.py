@@ -142,7 +142,7 @@ def test_doctor_knows_a_server_of_ours_at_the_port(server):
     done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=PATIENCE)
     assert f"✓ port 127.0.0.1:{server.port}: a tinkercloud server is there (ok)" in done.stdout
     (held,) = [text for text in done.stdout.splitlines() if text.startswith("! data folder")]
-    assert held.endswith(f"; a server runs on it (process {server.process.pid})") and done.returncode == 0
+    assert held.endswith(f"; a server (process {server.process.pid}) is at work on it") and done.returncode == 0
     assert "All is well." not in done.stdout and "\nNothing is broken; " in done.stdout
 
 

@@ -265,11 +265,11 @@ def storage(settings: Settings) -> Iterator[Check]:
     free = shutil.disk_usage(_nearest(folder)).free
     found = f"{folder} ({free / MIB:,.0f} MiB free)"
     mend = "make room, or give another --data-dir"
-    process = holder(folder)
-    if process is not None and free >= MIN_DISK_BYTES:
-        found += f"; a server runs on it (process {process})"
+    user = holder(folder)
+    if user is not None and free >= MIN_DISK_BYTES:
+        found += f"; {user} is at work on it"
         mend = "stop that one before another is started on it, or give this one a --data-dir of its own"
-    yield Check("data folder", free >= MIN_DISK_BYTES, found, mend, warns=process is not None)
+    yield Check("data folder", free >= MIN_DISK_BYTES, found, mend, warns=user is not None)
 
 
 def _nearest(folder: Path) -> Path:

@@ -37,7 +37,7 @@ def fsck(
     """
     from tinkercloud.control.checkpoint_store import CheckpointStore, UnusableStore
     from tinkercloud.control.verify import problems
-    from tinkercloud.ledger.lock import DataDirInUse
+    from tinkercloud.ledger.lock import SERVER, DataDirInUse
     from tinkercloud.ledger.verify import NoLedger
 
     if folder is None:
@@ -51,7 +51,8 @@ def fsck(
     except UnusableStore as error:
         raise CommandError(str(error)) from None
     except DataDirInUse as error:
-        raise CommandError(f"{error.data_dir} is in use by a server (process {error.holder}): stop that one") from None
+        mend = "stop that one" if error.holder.command == SERVER else "wait until that has ended"
+        raise CommandError(f"{error.data_dir} is in use by {error.holder}: {mend}") from None
     except NoLedger as error:
         raise CommandError(str(error)) from None
     for problem in found:

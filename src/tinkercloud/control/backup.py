@@ -74,7 +74,7 @@ def restore(backup: Path, data_dir: Path, url: str | None) -> None:
         with database.opening(address):
             copy_database(database.address_in(backup, None), address)
         if (backup / LOCK_FILE).exists():
-            shutil.copystat(backup / LOCK_FILE, _touched(draft / LOCK_FILE))
+            shutil.copy2(backup / LOCK_FILE, draft / LOCK_FILE)  # its time, and what it says of it
 
 
 @contextmanager
@@ -113,8 +113,3 @@ def _link(folder: Path, place: Path, top: Path) -> None:
         link_files(folder, place, top)
     except FileNotFoundError:  # it has just been removed
         shutil.rmtree(place, ignore_errors=True)
-
-
-def _touched(file: Path) -> Path:
-    file.touch()
-    return file

@@ -111,7 +111,7 @@ class Service:
             await keys.close()
             await ledger.close()
             raise
-        await attempt("forgive downtime", partial(ledger.forgive, ledger.downtime))
+        await attempt("forgive downtime", ledger.forgive_downtime)
         await attempt("complete ends", service.sessions.complete_ends)
         await attempt("sweep", service.storage.sweep)
         for model in settings.models:

@@ -158,6 +158,7 @@ class Sessions:
     async def mark_silent(self, now: float) -> None:
         """Park the sessions without a sign of life, and finish those that have been silent for the whole retention
         time; `let_go` does what follows from it. No engine is asked anything."""
+        await self._ledger.forgive_downtime()  # which a full disk may have kept the start from
         for session in await self._ledger.find(SessionRecord, state="parked"):
             if session.last_heartbeat <= now - self._retention:
                 reason, silent = "silent for too long", {"state": "parked"}

@@ -9,7 +9,7 @@ import time
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
-from sqlalchemy import Column, ColumnElement, Connection, Table, and_, bindparam, delete, func, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Table, and_, bindparam, case, delete, func, select, update
 from sqlalchemy import insert as insert_into
 
 from tinkercloud.ledger import schema, stored
@@ -202,12 +202,21 @@ def touch(transaction: Transaction, touches: list[Touches]) -> list[None]:
     return [None] * len(touches)
 
 
-def forgive(transaction: Transaction, seconds: list[float]) -> list[None]:
-    """Bring forward when the sessions that have not finished were heard of last."""
+class Downtime(NamedTuple):
+    """When no session could be heard of."""
+
+    seconds: float
+    now: float
+
+
+def forgive(transaction: Transaction, downtimes: list[Downtime]) -> list[None]:
+    """Bring forward when the sessions that have not finished were heard of last, up to now at most."""
     table = schema.sessions
-    later = update(table).where(table.c.state != "finished")
-    transaction.connection.execute(later.values(last_heartbeat=table.c.last_heartbeat + sum(seconds)))
-    return [None] * len(seconds)
+    for seconds, now in downtimes:
+        later = case((table.c.last_heartbeat < now - seconds, table.c.last_heartbeat + seconds), else_=now)
+        silent = update(table).where(table.c.state != "finished", table.c.last_heartbeat < now)
+        transaction.connection.execute(silent.values(last_heartbeat=later))
+    return [None] * len(downtimes)
 
 
 # ---------------------------------------------------------------- reads

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,14 +90,12 @@ def _bring_up(engine: Engine, address: URL, data_dir: Path) -> None:
             revision = connection.scalar(text("SELECT version_num FROM alembic_version"))
             if revision == database.HEAD:
                 return
-    lock = DataDirLock(data_dir)  # an older server may be using it
+    lock = DataDirLock(data_dir, "keys")  # an older server may be using it
     writing = database.connect_writer(address)  # another data directory's may be using the database
     try:
         database.migrate(writing)
     finally:
         writing.dispose()
-        # That the data directory was looked at does not make a server alive.
-        os.utime(data_dir / "ledger.lock", (lock.last_alive, lock.last_alive))
         lock.release()
 
 

@@ -85,7 +85,8 @@ class Ledger:
         """Use `open`."""
         self._lock = lock
         self.downtime = max(0.0, clock() - lock.last_alive)
-        """Seconds for which no server had the data directory before this one."""
+        """Seconds for which no server was alive on the data directory before this one."""
+        self._is_forgiven = False
         self._engines = reading, writing
         self._segments = segment_writer
         self._result_retention = result_retention
@@ -107,8 +108,8 @@ class Ledger:
     async def close(self) -> None:
         """Return when everything is on disk and the data directory is free."""
         self._flusher.cancel()
-        self._lock.alive()
         try:
+            self._say_alive()
             await self._deferred.flush()
         finally:
             await self._writer.close()
@@ -351,9 +352,15 @@ class Ledger:
         """The session is alive now. Readers see it at once, the disk within `FLUSH_SECONDS`."""
         self._deferred.heard_of(session_id, self._clock())
 
-    async def forgive(self, seconds: float) -> None:
-        """No session could be heard of for so long: it does not count as silence. Only before sessions are used."""
-        await self._writer.write(catalog.forgive, seconds)
+    async def forgive_downtime(self) -> None:
+        """No session could be heard of while no server was there: that does not count as silence. To be called until
+        it has not failed; only from then on is the time of the next start's `downtime` that of this one."""
+        if self._is_forgiven:
+            return
+        downtime = catalog.Downtime(self.downtime, self._clock())
+        await self._writer.write(catalog.forgive, downtime, then=lambda _: self._recent.forget())
+        self._is_forgiven = True
+        self._say_alive()
 
     async def retrieved(self, request_id: str, acknowledged: bool = False) -> None:
         """Its outcome was sent: the retention time begins. With `acknowledged` the client says that it has it, and it
@@ -378,13 +385,17 @@ class Ledger:
     async def _flush_regularly(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
-            self._lock.alive()
             try:
+                self._say_alive()
                 await self._deferred.flush()
             except Exception:
                 log.exception("heartbeats and retrievals could not be recorded; they wait for the next round")
 
     # ------------------------------------------------------------ inside
+
+    def _say_alive(self) -> None:
+        if self._is_forgiven:
+            self._lock.alive()
 
     def _doubt(self) -> None:
         self.doubts += 1

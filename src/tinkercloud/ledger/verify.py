@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +39,7 @@ def opened(data_dir: Path, url: str | None = None) -> Iterator[Connection]:
     file = data_dir / database.DATABASE_FILE
     if url is None and not file.is_file():
         raise NoLedger(f"{data_dir} has no ledger.db: give the data directory of a server")
-    lock = DataDirLock(data_dir)
+    lock = DataDirLock(data_dir, "fsck")
     try:
         engine = database.connect(database.address_in(data_dir, url), connections=1)
         try:
@@ -52,7 +51,6 @@ def opened(data_dir: Path, url: str | None = None) -> Iterator[Connection]:
         finally:
             engine.dispose()
     finally:
-        os.utime(data_dir / "ledger.lock", (lock.last_alive, lock.last_alive))  # who verifies does not serve
         lock.release()
 
 
