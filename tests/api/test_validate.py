@@ -1,14 +1,17 @@
 """Adapters, names and how to sample."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 from tinker import types
 from tinker.lib.public_interfaces.sampling_client import _tensor_data_to_model
 
 from tests.api.test_datums import INFO
 from tinkercloud.api.validate import (
+    MAX_ANSWER_BYTES,
     SEEDS,
     check_name,
     lora_from,
@@ -135,12 +138,12 @@ def test_time_to_live():
             check_name("a", seconds)
 
 
-def sample(prompt=(1, 2), **given):
+def sample(prompt=(1, 2), info=INFO, **given):
     params = wire.SamplingParams(
         **{name: given.pop(name) for name in [*given] if name in wire.SamplingParams.model_fields}
     )
     chunks = [wire.Chunk(tokens=list(prompt))]
-    return sample_from(wire.Sample(prompt=wire.ModelInput(chunks=chunks), sampling_params=params, **given), "s", INFO)
+    return sample_from(wire.Sample(prompt=wire.ModelInput(chunks=chunks), sampling_params=params, **given), "s", info)
 
 
 def targets(**given) -> wire.TensorData:
@@ -313,6 +316,48 @@ def test_values_at_their_edges():
 def test_wrong_sampling_is_refused(given, says):
     with pytest.raises(InvalidRequest, match=says):
         sample(**given)
+
+
+CHAT = replace(INFO, max_context=131072, vocab_size=100_000)
+
+
+def answered(context: int, **given) -> int:
+    """Most bytes of the answer to a request that is accepted, of a model with so much context."""
+    return sample(info=replace(CHAT, max_context=context), **given).most_answer_bytes
+
+
+def test_what_people_ask_for_is_not_too_large():
+    assert answered(32768, num_samples=1024, max_tokens=8192) < MAX_ANSWER_BYTES // 3
+    assert answered(32768, num_samples=16, max_tokens=4096, topk_sample_logprobs=20) < MAX_ANSWER_BYTES // 8
+    assert answered(32768, num_samples=16, topk_sample_logprobs=20) < MAX_ANSWER_BYTES // 2
+    assert answered(131072, num_samples=256) < MAX_ANSWER_BYTES
+    assert answered(131072, prompt=(1,) * 131071, prompt_logprobs=True, topk_prompt_logprobs=128) < MAX_ANSWER_BYTES
+
+
+@pytest.mark.parametrize(
+    ("given", "ways"),
+    [
+        ({"num_samples": 1024}, ["num_samples", "max_tokens"]),
+        (
+            {"num_samples": 512, "max_tokens": 3000, "topk_sample_logprobs": 256},
+            ["num_samples", "max_tokens", "topk_sample_logprobs"],
+        ),
+        (
+            {"prompt": (1,) * 99_999, "topk_prompt_logprobs": 200, "prompt_alt_tokens_k": 200, "max_tokens": 1},
+            ["topk_prompt_logprobs", "prompt_alt_tokens_k"],
+        ),
+        ({"prompt": (1,) * 70_000, "topk_prompt_logprobs": 256, "prompt_alt_tokens_k": 256, "num_samples": 900}, []),
+    ],
+)
+def test_an_answer_that_may_be_too_large_is_refused_with_what_to_lower(given, ways):
+    with pytest.raises(InvalidRequest, match=r"the answer may take .* several requests that ask for less") as refused:
+        sample(info=CHAT, **given)
+    said = dict(re.findall(r"(\w+) to (\d+)", str(refused.value)))
+    assert list(said) == ways
+    for name, most in said.items():
+        assert sample(info=CHAT, **given | {name: int(most)}).most_answer_bytes <= MAX_ANSWER_BYTES
+        with pytest.raises(InvalidRequest, match="the answer may take"):
+            sample(info=CHAT, **given | {name: int(most) + 1})
 
 
 def test_other_than_text_is_refused_by_name():

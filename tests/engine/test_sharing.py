@@ -12,7 +12,7 @@ import pytest
 from tests.engine.examples import VOCAB
 from tests.engine.sampler_requests import prompt_of, sample
 from tinkercloud.codec import decode, encode
-from tinkercloud.engine import process
+from tinkercloud.engine import messages, process
 from tinkercloud.engine.messages import (
     LENGTH_BYTES,
     Answer,
@@ -123,3 +123,13 @@ def test_a_flood_of_samples_leaves_training_half_of_the_time(told):
     train, steps = happened[first:last].count("train"), happened[first:last].count("step")
     assert train == 2 * DATUMS and steps <= train * MICRO_BATCH // STEP
     assert all(isinstance(one.result, SampleOutput) for one in said if isinstance(one, Answer))
+
+
+def test_an_answer_that_cannot_be_sent_is_its_requests_failure(told, monkeypatch):
+    monkeypatch.setattr(messages, "MAX_FRAME_BYTES", 2000)
+    large = Ask(9, encode(sample("large", prompt_of(9, 8), max_tokens=20, topk_sample_logprobs=20, stop_tokens=())))
+    _, said = told(large, *asked(1, 60))
+    answers = {message.ask_id: message.result for message in said if isinstance(message, Answer)}
+    assert isinstance(answers[0], SampleOutput)
+    assert answers[9].category == "user"
+    assert "answer is too large" in answers[9].error and "at most 2,000 can be sent" in answers[9].error

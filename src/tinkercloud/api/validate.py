@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Sequence
 
 import numpy as np
+from msgspec.structs import replace
 
 from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.json_arrays import integer_matrix, integers, tokens_from
@@ -37,6 +38,8 @@ MAX_TARGETS = 2**22
 """Most cells of a request's `target_prompt_logprobs`."""
 MAX_COLUMNS = 2**31
 """Columns of a sparse matrix are fewer."""
+MAX_ANSWER_BYTES = 2**28
+"""Most that the arrays of one answer may take: whoever passes it on holds it whole, more than once."""
 MAX_STOPS = 64
 """Most stop sequences in one request."""
 SEEDS = 2**63 - 1
@@ -44,6 +47,15 @@ SEEDS = 2**63 - 1
 
 VERSIONS: dict[OptimizerFamily, int | None] = {"adamw": None, "dimuon": 1}
 """The served version of each optimizer; None where it has none."""
+
+_GROWS_WITH = {
+    "num_samples": 1,
+    "max_tokens": 1,
+    "topk_sample_logprobs": 0,
+    "topk_prompt_logprobs": 0,
+    "prompt_alt_tokens_k": 0,
+}
+"""What the size of an answer is proportional to, in part, and the least that each can be."""
 
 _NAME = re.compile(r"\w[\w.+=@,-]*", re.ASCII)
 
@@ -141,7 +153,7 @@ def sample_from(
     _between("topk_sample_logprobs", given.topk_sample_logprobs, 0, min(MAX_TOP_LOGPROBS, info.vocab_size))
     _between("prompt_alt_tokens_k", given.prompt_alt_tokens_k, 0, MAX_TOP_LOGPROBS)
     _check_last(given, len(prompt))
-    return SampleOperation(
+    operation = SampleOperation(
         request_id="",
         sampler_id=sampler_id,
         prompt=prompt,
@@ -156,6 +168,33 @@ def sample_from(
         prompt_logprobs_last_n=given.prompt_logprobs_last_n,
         raw_logprobs=raw_logprobs,
     )
+    _check_answer(operation)
+    return operation
+
+
+def _check_answer(operation: SampleOperation) -> None:
+    """Its answer must not be too large. The text names each number that alone makes it small enough, if any does."""
+    size = operation.most_answer_bytes
+    if size <= MAX_ANSWER_BYTES:
+        return
+    ways = []
+    for name, least in _GROWS_WITH.items():
+        none, one = (_with(operation, name, count).most_answer_bytes for count in (0, 1))
+        most = (MAX_ANSWER_BYTES - none) // (one - none)
+        if most >= least:
+            ways.append(f"{name} to {most}")
+    lower = f"lower {', or '.join(ways)}, or send" if ways else "send"
+    raise InvalidRequest(
+        f"the answer may take {size:,} bytes (num_samples {operation.num_samples}, max_tokens "
+        f"{operation.params.max_tokens}), and at most {MAX_ANSWER_BYTES:,} are served; {lower} several requests that "
+        "ask for less each"
+    )
+
+
+def _with(operation: SampleOperation, name: str, count: int) -> SampleOperation:
+    if name in SamplingParams.__struct_fields__:
+        return replace(operation, params=replace(operation.params, **{name: count}))
+    return replace(operation, **{name: count})
 
 
 def _check_last(given: wire.Sample, prompt_tokens: int) -> None:

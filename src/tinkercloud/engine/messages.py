@@ -16,6 +16,12 @@ from tinkercloud.engine.base_model import AdapterMemory, BaseModelInfo, EngineOp
 from tinkercloud.engine.results import Result
 
 _LENGTH = struct.Struct(">I")
+MAX_FRAME_BYTES = 2**32 - 1
+"""What a length of 4 bytes can say."""
+
+
+class FrameTooLarge(Exception):
+    """A message takes more than `MAX_FRAME_BYTES`."""
 
 
 class Start(Struct, frozen=True, tag="start"):
@@ -88,8 +94,10 @@ FromEngine = Progress | Ready | LoadFailed | CycleDone | Answer | Working
 
 
 def frame(message: ToEngine | FromEngine) -> bytes:
-    """The message as it goes over the socket."""
+    """The message as it goes over the socket. Raises `FrameTooLarge`."""
     body = encode(message)
+    if len(body) > MAX_FRAME_BYTES:
+        raise FrameTooLarge(f"{len(body):,} bytes, and at most {MAX_FRAME_BYTES:,} can be sent")
     return _LENGTH.pack(len(body)) + body
 
 

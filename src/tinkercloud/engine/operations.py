@@ -124,6 +124,12 @@ class Matrix(Struct, frozen=True):
         counts = self.shape[1] if self.row_ends is None else np.diff(self.row_ends)
         return np.repeat(np.arange(self.shape[0]), counts)
 
+    @property
+    def num_bytes(self) -> int:
+        """What its arrays take."""
+        arrays = (self.values, self.row_ends, self.columns)
+        return sum(array.nbytes for array in arrays if array is not None)
+
 
 # ---------------------------------------------------------------- operations of a training model, in seq_id order
 
@@ -270,6 +276,15 @@ class Sample(Struct, frozen=True, tag="sample"):
     @property
     def num_tokens(self) -> int:
         return len(self.prompt)
+
+    @property
+    def most_answer_bytes(self) -> int:
+        """What the arrays of its `SampleOutput` take if every sample is drawn to its greatest length."""
+        pair = 8  # a token id and a log-probability
+        of_drawn = pair * (1 + self.topk_sample_logprobs + self.record_stability_info)
+        of_prompt = pair * (self.topk_prompt_logprobs + self.prompt_alt_tokens_k + self.prompt_logprobs)
+        targets = self.target_prompt_logprobs.num_bytes if self.target_prompt_logprobs is not None else 0
+        return self.num_samples * self.params.max_tokens * of_drawn + self.num_tokens * of_prompt + targets
 
 
 class CancelSample(Struct, frozen=True, tag="cancel_sample"):

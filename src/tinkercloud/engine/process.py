@@ -21,6 +21,7 @@ from tinkercloud.engine.messages import (
     Answer,
     Ask,
     CycleDone,
+    FrameTooLarge,
     LoadFailed,
     Progress,
     Ready,
@@ -44,6 +45,7 @@ from tinkercloud.engine.operations import (
     TrainOperation,
 )
 from tinkercloud.engine.protocol import Sampler, Trainer
+from tinkercloud.engine.results import Failure, Result
 
 log = logging.getLogger(__name__)
 
@@ -133,8 +135,16 @@ class Engine:
 
     def _step_sampler(self) -> None:
         for request_id, result in self._sampler.step():
-            self._send(Answer(self._asks.pop(request_id), result))
+            self._answer(self._asks.pop(request_id), result)
         self._has_come_further(time.monotonic())
+
+    def _answer(self, ask_id: int, result: Result) -> None:
+        """Of a sample. One that is too large is its request's fault, and must not end everybody's engine."""
+        try:
+            self._send(Answer(ask_id, result))
+        except FrameTooLarge as error:
+            why = f"the sample's answer is too large ({error}); ask for fewer samples, tokens or log-probabilities"
+            self._send(Answer(ask_id, Failure(why, "user")))
 
     def _has_come_further(self, now: float) -> None:
         if now - self._said >= WORKING_SECONDS:
