@@ -142,6 +142,27 @@ def test_the_audit_log_says_who_did_what(tenants):
     tenants.run(story())
 
 
+def test_the_audit_log_has_what_a_request_was_about_and_no_more(tenants):
+    """Whatever else it had."""
+
+    async def story():
+        unknown = {"path": "p" * 100_000, "ttl_seconds": 3}
+        session = (await tenants.post("/create_session", sdk_version="x", project_id="q" * 400, **unknown))[
+            "session_id"
+        ]
+        assigned = {"project_id": "r" * 300, "name": "not of this route"}
+        assert (await tenants.ask("owner", "PUT", f"/sessions/{session}/project", assigned)).status_code == 204
+        entries = (await tenants.ask("an operator", "GET", "/audit")).json()["entries"]
+        created, moved = [e["event_details"] for e in entries if e["event_details"].get("session_id") == session]
+        kept = {"session_id": session, "user": "alice", "actor": "alice", "key_id": created["key_id"]}
+        assert created == kept | {"project_id": "q" * 299 + "…"}
+        assert moved == kept | {"project_id": "r" * 300}
+        for day in ("9999-12-31", "0001-01-01"):
+            assert (await tenants.ask("an operator", "GET", f"/audit?day={day}")).json() == {"entries": []}
+
+    tenants.run(story())
+
+
 def test_the_sessions_of_a_projects_key_are_the_projects(tenants):
     async def story():
         tenants.secrets["grace"], _ = make_key(tenants.data_dir, "grace", project_id="moon")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from typing import Any, Literal
 
 from fastapi import APIRouter, Depends, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tinkercloud.api.auth import Caller, require_operator
-from tinkercloud.api.dependencies import ServiceOf
+from tinkercloud.api.dependencies import ServiceOf, fields_of
 from tinkercloud.api.errors import refused
 from tinkercloud.api.wire.answers import iso
 from tinkercloud.errors import RequestError
@@ -34,6 +34,11 @@ FIELDS = (
     "ttl_seconds",
 )
 """What of a request's body says what it was about."""
+
+MAX_CHARACTERS = 300
+"""Of a text that is recorded: names and paths that mean something are shorter."""
+
+DAY_SECONDS = 86400.0
 
 
 class Event:
@@ -85,12 +90,20 @@ class Audit:
 
 def _record(scope: Scope, state: dict[str, Any]) -> AuditRecord:
     caller: Caller = state["caller"]
-    given = state.get("given", {})
-    about = {name: given[name] for name in FIELDS if given.get(name) is not None}
+    given, known = state.get("given", {}), fields_of(scope.get("route"))
+    about = {name: given[name] for name in FIELDS if name in known and name in given}
     about |= scope.get("path_params", {}) | state["about"] | {"user": caller.owner}
+    about = {name: short for name, value in about.items() if (short := _short(value)) is not None}
     event: str = state["event"]
     key_id = None if caller.key is None else caller.key.key_id
     return AuditRecord(time.time(), caller.owner, key_id, event, resource_of(event), about)
+
+
+def _short(value: Any) -> str | float | None:
+    """A text, of a long one its beginning, or a number; None for anything else."""
+    if isinstance(value, str):
+        return value if len(value) <= MAX_CHARACTERS else f"{value[: MAX_CHARACTERS - 1]}…"
+    return value if isinstance(value, int | float) and abs(value) < 2**63 else None
 
 
 def resource_of(event: str) -> AuditResource:
@@ -107,7 +120,7 @@ async def get_audit_log(
 ) -> dict[str, Any]:
     """What users and operators have done on a day (UTC), today by default. For operators."""
     start = datetime.combine(day or datetime.now(UTC).date(), datetime.min.time(), UTC)
-    found = await service.events(start.timestamp(), (start + timedelta(days=1)).timestamp())
+    found = await service.events(start.timestamp(), start.timestamp() + DAY_SECONDS)
     return {"entries": [_entry(record) for record in found if event_type in ("all", record.resource)]}
 
 

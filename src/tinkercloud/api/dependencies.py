@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request
 
+from tinkercloud.api.wire import json as wire
 from tinkercloud.api.wire.json import Wire
 from tinkercloud.control.service import Service
 
@@ -25,6 +26,16 @@ def body_of(kind: type[Wire], *also: str) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{kind.__name__}"}}}
     content |= {media: {"schema": {"type": "string", "format": "binary"}} for media in also}
     return {"requestBody": {"required": True, "content": content}}
+
+
+def fields_of(route: Any) -> set[str]:
+    """Those that a route's JSON body has, by `body_of`."""
+    extra = getattr(route, "openapi_extra", None) or {}
+    content = extra.get("requestBody", {}).get("content", {}).get("application/json")
+    if content is None:
+        return set()
+    kind: type[Wire] = getattr(wire, content["schema"]["$ref"].rpartition("/")[2])
+    return set(kind.model_fields)
 
 
 Limit = Annotated[int, Query(ge=1, le=1000, description="The most items to return.")]
