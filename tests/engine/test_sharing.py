@@ -126,10 +126,10 @@ def test_a_flood_of_samples_leaves_training_half_of_the_time(told):
 
 
 def test_an_answer_that_cannot_be_sent_is_its_requests_failure(told, monkeypatch):
-    monkeypatch.setattr(messages, "MAX_FRAME_BYTES", 2000)
-    large = Ask(9, encode(sample("large", prompt_of(9, 8), max_tokens=20, topk_sample_logprobs=20, stop_tokens=())))
-    _, said = told(large, *asked(1, 60))
+    monkeypatch.setattr(messages, "MAX_FRAME_BYTES", 5000)
+    large = Ask(9, encode(sample("large", prompt_of(9, 8), max_tokens=40, topk_sample_logprobs=20, stop_tokens=())))
+    _, said = told(CREATE, large, *asked(1, 30), training())
     answers = {message.ask_id: message.result for message in said if isinstance(message, Answer)}
     assert isinstance(answers[0], SampleOutput)
     assert answers[9].category == "user"
-    assert "answer is too large" in answers[9].error and "at most 2,000 can be sent" in answers[9].error
+    assert "answer is too large" in answers[9].error and "at most 5,000 can be sent" in answers[9].error
