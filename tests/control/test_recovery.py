@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import resource
+import shutil
 import signal
 import sqlite3
 import time
@@ -12,17 +13,18 @@ import numpy as np
 import pytest
 from sqlalchemy.exc import IntegrityError
 
-from tests.control.conftest import BATCH, NANO, OWNER, Client, datum, park_silent
+from tests.control.conftest import BATCH, NANO, OWNER, Client, datum, kill_engine, park_silent
 from tinkercloud.api.validate import lora_from
 from tinkercloud.api.wire import json as wire
 from tinkercloud.codec import encode
-from tinkercloud.control import conductor
-from tinkercloud.control.engine_handle import EngineDied
+from tinkercloud.control import conductor, engines
+from tinkercloud.control.engine_handle import EngineDied, EngineHandle
 from tinkercloud.engine.operations import FindSample, ForwardBackward, Sample, SamplingParams
 from tinkercloud.engine.results import Failure, SampleOutput
 from tinkercloud.errors import Ended, InvalidRequest, NotFound
 from tinkercloud.ledger.records import SessionRecord, SnapshotRecord
 from tinkercloud.model_settings import ModelSettings
+from tinkercloud.nano import FOLDER
 
 
 def test_a_run_goes_on_after_the_server_was_stopped(serving, run, undisturbed):
@@ -75,6 +77,63 @@ def test_an_engine_that_could_not_load_is_waited_for(shared, tmp_path):
             await service.models.add(ModelSettings(name="broken", source=str(tmp_path)))
         readers = [task for task in asyncio.all_tasks() if "EngineHandle._read" in repr(task)]
         assert len(readers) == len(list(service.models))
+
+    shared(story)
+
+
+def test_what_was_accepted_waits_for_a_base_model_that_cannot_be_loaded(serving, run, undisturbed, tmp_path):
+    """A disk that is not mounted at a start costs nobody an operation."""
+    folder = tmp_path / "model"
+    shutil.copytree(FOLDER, folder)
+    weights, away = folder / "model.safetensors", tmp_path / "away"
+
+    async def story():
+        async with serving(models=[f"{NANO}={folder}"]) as service:
+            client = await Client.create(service)
+            losses = await client.steps(2)
+            sampler = await service.samplers.unbound(OWNER, NANO, None)
+        weights.rename(away)
+        async with serving(models=[f"{NANO}={folder}"]) as service:
+            client.service = service
+            await service.models.settled()
+            step = await client.send("forward_backward", ForwardBackward(client.model.model_id, BATCH, "cross_entropy"))
+            params = SamplingParams(max_tokens=2, seed=1)
+            operation = Sample("", sampler.sampler_id, np.array([5, 6], np.int32), params)
+            drawn, unwanted = [await service.samplers.sample(sampler, seq, operation) for seq in (1, 2)]
+            for entry in (step, drawn):
+                assert (await service.futures.outcome(entry.request_id, OWNER, timeout=0.3))[1] is None
+                assert "has no *.safetensors file" in await service.futures.paused(entry)
+            await service.samplers.cancel(unwanted.request_id, OWNER)
+            assert isinstance(await client.result(unwanted), Failure)
+        away.rename(weights)
+        async with serving(models=[f"{NANO}={folder}"]) as service:
+            client.service = service
+            losses.append((await client.result(step)).metrics["loss:sum"])
+            await client.optim_step()
+            losses += await client.steps(1)
+            assert isinstance(await client.result(drawn), SampleOutput)
+        assert losses == undisturbed[:4]
+
+    run(story)
+
+
+def test_an_engine_is_started_again_whatever_its_start_raises(shared, monkeypatch):
+    """Such as EOFError, if the process that engines are forked from ends in between."""
+    start, failed = EngineHandle.start, []
+
+    async def start_after_a_failure(handle):
+        if not failed:
+            failed.append(handle)
+            raise EOFError
+        return await start(handle)
+
+    async def story(service):
+        client = await Client.create(service)
+        monkeypatch.setattr(engines, "RESTART_SECONDS", (0.0,))
+        monkeypatch.setattr(EngineHandle, "start", start_after_a_failure)
+        await kill_engine(service)
+        await client.steps(1)
+        assert failed
 
     shared(story)
 

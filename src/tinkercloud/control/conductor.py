@@ -266,9 +266,9 @@ class Conductor:
         return {run.model_id for run in has_one if self._may_run(run, self._engine.info)}
 
     def _may_run(self, run: TrainingRun, info: BaseModelInfo | None) -> bool:
-        """Whether the run's turn is not running already, and the engine's weights are those that the run was made on;
-        to be unloaded, it needs none."""
-        if run.model_id in self._publications:
+        """Whether the run's turn is not running already, the engine can be loaded, and its weights are those that the
+        run was made on; to be unloaded, it needs none."""
+        if run.model_id in self._publications or self._engine.failure is not None:
             return False
         return fits(run.record, info) or (run.turn is not None and run.turn.entry.kind == "unload_model")
 
@@ -298,9 +298,8 @@ class Conductor:
     async def _run_cycle(self, runs: list[TrainingRun]) -> None:
         try:
             engine = await self._engine.running()
-        except Unavailable as error:
-            await all_of(*(self._end(run, Failure(str(error), "server")) for run in runs))
-            return
+        except Unavailable:
+            return  # what was accepted waits for a server that can load the model: see `_may_run`
         ready: list[tuple[TrainingRun, bytes]] = []
         for run in (run for run in runs if self._may_run(run, engine.info)):  # it may have been loaded just now
             prepared = await self._prepared(run, engine)

@@ -91,8 +91,8 @@ class KeptEngine:
             self._supervisor = asyncio.create_task(self._supervise(), name=f"engine {self.name}")
 
     async def running(self) -> EngineHandle:
-        """The running engine; waits while it loads or restarts, starts a lazy one. Unavailable if it cannot load;
-        cancels whoever waits for it once it is released."""
+        """The running engine; waits while it loads or restarts, starts a lazy one. Unavailable, for good, if it cannot
+        load; cancels whoever waits for it once it is released."""
         self.last_used = time.monotonic()
         async with self._changed:
             while self._handle is None:
@@ -174,7 +174,7 @@ class KeptEngine:
                 return
             except EngineDied:
                 pass
-            except OSError:
+            except Exception:  # of the fork server too, which has errors of its own when it ends
                 log.exception("engine %s could not be started", self.name)
             except asyncio.CancelledError:
                 if self._handle is None:  # stopped while loading: nobody else knows this process

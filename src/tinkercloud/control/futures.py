@@ -45,6 +45,11 @@ class Futures:
         if (why := self._models.other_weights(stream)) is not None:
             return f"{why}. This request goes on then"
         if stream.base_model in self._models:
+            if (failure := self._models.get(stream.base_model).engine.failure) is not None:
+                return (
+                    f"base model {stream.base_model} cannot be served: {failure}. This request is kept and goes on when"
+                    " whoever runs the server has mended that and started it again"
+                )
             return await self._waits_for_a_place(entry, stream.base_model) if entry.kind == "sample" else None
         return (
             f"base model {stream.base_model} is not served now; this request is kept and goes on when it is: "

@@ -138,9 +138,11 @@ class SamplerDesk:
             self._closing.add(sampler_id)
             return
         self._closing.discard(sampler_id)
-        if self._opened.pop(sampler_id, None) is not None and self._opened_in is not None:
+        opening, engine = self._opened.pop(sampler_id, None), self._opened_in
+        if opening is not None and engine is not None:
+            await asyncio.wait([opening])  # or the engine would be told to open it behind this
             with suppress(EngineDied):
-                await self._tell(self._opened_in, CloseSampler(sampler_id))
+                await self._tell(engine, CloseSampler(sampler_id))
 
     async def _tell(self, engine: EngineHandle, operation: CancelSample | CloseSampler) -> None:
         """Have something done before whatever the engine is asked next. EngineDied."""
@@ -216,13 +218,15 @@ class SamplerDesk:
 
     async def _sample(self, request_id: str, payload: bytes, sampler: SamplerRecord) -> Result:
         while True:
+            if self._cancelled[request_id].is_set():
+                return CANCELLED
             together = self._may_run_with(request_id)
             lane = self._engine.lane
             async with lane.together() if together is None else lane.apart(together):
                 try:
                     engine = await self._engine.running()
-                except Unavailable as error:
-                    return Failure(str(error), "server")
+                except Unavailable:
+                    break
                 if engine.died.is_set():  # and nobody has noticed: it has not died of this
                     await asyncio.sleep(0)
                     continue
@@ -237,14 +241,14 @@ class SamplerDesk:
                 # The next engine may have been loaded from what its base model was before.
                 self._say_what_it_waits_for(sampler, engine)
                 await _first_of(engine.died, self._cancelled[request_id])
-                if self._cancelled[request_id].is_set():
-                    return CANCELLED
             elif together == 1:
                 return Failure(
                     f"the engine process ended {self._deaths[request_id]} times during this sample, at last while it "
                     "ran alone, and it was given up; the server's log has the details",
                     "server",
                 )
+        await self._cancelled[request_id].wait()  # else it waits for a server that can load the model
+        return CANCELLED
 
     def _say_what_it_waits_for(self, sampler: SamplerRecord, engine: EngineHandle) -> None:
         """Once for all samples of a sampler: they were accepted before it was known, and an SDK does not say it."""
