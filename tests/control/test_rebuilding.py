@@ -14,6 +14,7 @@ from tests.control.conftest import NANO, Client, kill_engine
 from tinkercloud.codec import decode, encode
 from tinkercloud.engine.results import Failure, LossOutput
 from tinkercloud.ledger.records import ModelUnloaded, SnapshotRecord, WeightsLoaded
+from tinkercloud.ledger.segments import Corrupt
 
 
 def _cut_short(content: bytes) -> bytes:
@@ -189,3 +190,28 @@ def change_outcome(data, request_id: str, build: str | None, change: float) -> N
         database.execute("UPDATE small_blobs SET data = ?, crc = ? WHERE part = 'outcome' AND request_id = ?", values)
         if build is not None:
             database.execute("UPDATE entries SET build = ? WHERE stream = ?", [build or None, request_id[:-2]])
+
+
+def test_a_step_that_cannot_be_read_clears_what_it_was_to_apply(shared, monkeypatch):
+    """In the engine as in the ledger, or the next step would apply it, and no replay give that again."""
+
+    async def story(service):
+        calm, client = await Client.create(service), await Client.create(service)
+        await client.forward_backward()
+        with monkeypatch.context() as patch:
+
+            async def unreadable(request_id):
+                raise Corrupt(f"the payload of {request_id} is damaged")
+
+            patch.setattr(service._ledger, "payload", unreadable)
+            failed = await client.optim_step()
+            assert isinstance(failed, Failure) and failed.category == "server" and "is damaged" in failed.error
+        expected = []
+        for one in (calm, client):
+            await one.forward_backward()
+            expected.append((await one.optim_step()).metrics["unclipped_grad_l2:mean"])
+        assert expected[0] == expected[1]
+        await kill_engine(service)
+        assert await client.steps(1) == await calm.steps(1)
+
+    shared(story)

@@ -58,8 +58,11 @@ class TurnEnd:
         outcome, records = conclude(entry, run.record, result)
         replaced = await self._replaced(records)
         failed = isinstance(outcome, Failure)
-        # A step that fails in the engine has cleared what it was to apply, like one whose batch was incomplete.
-        cleared = turn.clear_gradients or (failed and turn.failure is None and entry.kind == "optim_step")
+        # A step that fails clears what it was to apply, like one whose batch was incomplete.
+        failed_step = failed and turn.failure is None and entry.kind == "optim_step"
+        if failed_step and outcome.category == "server":
+            run.mistrust()  # the engine may not have come so far as to clear it
+        cleared = turn.clear_gradients or failed_step
         ended = await self._ledger.complete(
             entry.request_id,
             encode(outcome),
