@@ -8,7 +8,7 @@ from tinkercloud.engine.operations import CreateModel, ForwardBackward, LoraConf
 from tinkercloud.engine.results import Failure
 from tinkercloud.errors import InvalidRequest, NotFound
 from tinkercloud.ledger import Ledger
-from tinkercloud.ledger.records import ModelRecord, SessionRecord
+from tinkercloud.ledger.records import ModelRecord, ModelUnloaded, SessionRecord
 from tinkercloud.ledger.writer import DiskFull
 
 
@@ -93,6 +93,33 @@ def test_a_start_on_a_full_disk_leaves_ends_to_the_next_one(serving, run, monkey
             assert isinstance(await Client._finished(service, waiting), Failure)
 
     run(story)
+
+
+def test_what_a_full_disk_keeps_from_ending_ends_when_there_is_room(shared, monkeypatch):
+    async def story(service):
+        client = await Client.create(service)
+        complete, full = service._ledger.complete, [True]
+        async with service.models.get(NANO).conductor._between_cycles:
+            await service.runs.submit(client.model, 1, "forward_backward", operation(client))
+            unloading = await service.runs.unload(client.model)
+            behind = await service.runs.submit(
+                client.model, unloading.seq_id + 1, "forward_backward", operation(client)
+            )
+
+        async def without_room(request_id, *arguments, **options):
+            if full and request_id == behind.request_id:
+                raise DiskFull("the server's disk is full")
+            return await complete(request_id, *arguments, **options)
+
+        monkeypatch.setattr(service._ledger, "complete", without_room)
+        assert isinstance(await client.result(unloading), ModelUnloaded)
+        assert (await service.futures.outcome(behind.request_id, OWNER, 0.5))[1] is None
+        full.clear()
+        await service.models.take_up()
+        outcome = await client.result(behind)
+        assert isinstance(outcome, Failure) and "was unloaded before this" in outcome.error
+
+    shared(story)
 
 
 def test_operations_of_a_withdrawn_model_wait_and_say_why(serving, run, monkeypatch):

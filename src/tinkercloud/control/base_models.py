@@ -276,7 +276,9 @@ class BaseModels:
                     served.desk.start(entry, sampler)
 
     async def take_up(self) -> None:
-        """Run what was recorded by a commit that seemed to have failed (`Ledger.doubts`), and that nobody runs."""
+        """Do what could not be done: end runs, and run what was recorded by a commit that seemed to have failed
+        (`Ledger.doubts`), and that nobody runs."""
+        await self._run_end.resume()
         doubts = self._ledger.doubts
         if doubts == self._doubts:
             return

@@ -17,14 +17,24 @@ class RunEnd:
         self._ledger = ledger
         self._arrivals = arrivals
         self._storage = storage
+        self._begun: dict[str, str] = {}
+        """Why, of each run whose end something has kept from being done."""
 
     async def end(self, model_id: str, why: str) -> None:
-        """Unload a run: what waits in its log fails with `why`, what recovery kept of it goes."""
+        """Unload a run: what waits in its log fails with `why`, what recovery kept of it goes. If that cannot be done
+        now, `resume` does it."""
+        self._begun[model_id] = why
         # First of all: whatever is recorded from here on sees that the run is gone, whatever was before is found below.
         await self._ledger.change(ModelRecord, model_id, state="unloaded")
         for entry in await self._ledger.pending(model_id):
             await self.fail(entry, why)
         await self._storage.forget(model_id)
+        self._begun.pop(model_id, None)
+
+    async def resume(self) -> None:
+        """End the runs for which something, such as a full disk, has kept that from being done before."""
+        for model_id, why in list(self._begun.items()):
+            await self.end(model_id, why)
 
     async def fail(self, entry: Entry, why: str) -> None:
         """End an operation that came too late for its run."""
