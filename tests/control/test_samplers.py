@@ -1,15 +1,18 @@
 """How long samplers and their results stay, and what a client is told of those that are gone."""
 
 import asyncio
+import os
+import signal
 import time
 
 import numpy as np
 import pytest
 
 from tests.control.conftest import BATCH, NANO, OWNER, Client, before_the_next_append
+from tinkercloud.codec import decode
 from tinkercloud.control import sampler_desk
 from tinkercloud.control.verify import problems
-from tinkercloud.engine.operations import ForwardBackward, Sample, SamplingParams
+from tinkercloud.engine.operations import CloseSampler, ForwardBackward, OpenSampler, Sample, SamplingParams
 from tinkercloud.engine.results import Failure, SampleOutput
 from tinkercloud.errors import Ended, NotFound
 from tinkercloud.ledger.records import CheckpointRecord, SessionRecord
@@ -17,7 +20,7 @@ from tinkercloud.ledger.records import CheckpointRecord, SessionRecord
 DAY = 86400.0
 
 
-async def sample(service, sampler, seq_id: int, max_tokens: int = 3):
+async def sample(service, sampler, seq_id: int | None, max_tokens: int = 3):
     prompt, params = np.arange(5, 9, dtype=np.int32), SamplingParams(max_tokens=max_tokens, seed=1)
     return await service.samplers.sample(sampler, seq_id, Sample("", sampler.sampler_id, prompt, params))
 
@@ -211,5 +214,51 @@ def test_a_sample_that_is_accepted_while_its_session_finishes_runs(shared, monke
         before_the_next_append(service, monkeypatch, finish)
         entry = await sample(service, sampler, 0)
         assert isinstance(await Client._finished(service, entry), SampleOutput)
+
+    shared(story)
+
+
+def test_an_operator_stops_samples_of_an_engine_that_does_not_answer(shared, monkeypatch):
+    monkeypatch.setattr(sampler_desk, "ANSWER_SECONDS", 0.1)
+
+    async def story(service):
+        sampler = await service.samplers.unbound(OWNER, NANO, None)
+        engine = await service.models.get(NANO).engine.running()
+        os.kill(engine.pid, signal.SIGSTOP)
+        try:
+            drawn = [await sample(service, sampler, None, 2000) for _ in range(3)]
+            async with asyncio.timeout(10):
+                await service.operator.stop_sampler(sampler.sampler_id)
+            assert {(await service._ledger.entry(one.request_id)).state for one in drawn} == {"failed"}
+        finally:
+            os.kill(engine.pid, signal.SIGCONT)
+
+    shared(story)
+
+
+def test_a_sampler_is_not_closed_before_it_is_opened(shared, monkeypatch):
+    """Its weights would stay in the engine, and nobody would know of them."""
+    asked = []
+
+    async def story(service):
+        client = await Client.create(service)
+        sampler = await service.samplers.create(client.session, 1, NANO, None)
+        desk, engine = service.models.get(NANO).desk, await service.models.get(NANO).engine.running()
+        ask, brought = engine.ask, asyncio.Event()
+
+        async def recorded(payload):
+            asked.append(decode(payload, OpenSampler | CloseSampler))
+            return await ask(payload)
+
+        monkeypatch.setattr(engine, "ask", recorded)
+        monkeypatch.setattr(service.storage, "bring", lambda folder: brought.wait())
+        opening = asyncio.create_task(desk._open(engine, sampler))
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(desk.close(sampler.sampler_id))
+        await asyncio.sleep(0)
+        brought.set()
+        await asyncio.gather(opening, closing)
+        own = [type(operation) for operation in asked if operation.sampler_id == sampler.sampler_id]
+        assert own == [OpenSampler, CloseSampler]
 
     shared(story)

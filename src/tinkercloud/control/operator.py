@@ -6,14 +6,12 @@ import asyncio
 from contextlib import suppress
 from typing import Any
 
-from tinkercloud.codec import encode
-from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.futures import Futures
 from tinkercloud.control.run_end import stopped
 from tinkercloud.control.runs import TrainingRuns
-from tinkercloud.control.sampler_desk import client_of
 from tinkercloud.control.sampler_keeper import SamplerKeeper
+from tinkercloud.control.samplers import Samplers
 from tinkercloud.control.sessions import Sessions
 from tinkercloud.engine.results import Failure
 from tinkercloud.errors import NotFound
@@ -33,18 +31,18 @@ class Operator:
     def __init__(
         self,
         ledger: Ledger,
-        arrivals: Arrivals,
         models: BaseModels,
         sessions: Sessions,
         runs: TrainingRuns,
+        samplers: Samplers,
         futures: Futures,
         keeper: SamplerKeeper,
     ):
         self._ledger = ledger
-        self._arrivals = arrivals
         self._models = models
         self._sessions = sessions
         self._runs = runs
+        self._samplers = samplers
         self._futures = futures
         self._keeper = keeper
 
@@ -97,14 +95,8 @@ class Operator:
             raise NotFound(f"there is no sampler {sampler_id!r}; `tinkercloud sessions list` shows them")
         async with self._keeper.stopping(sampler):
             while waiting := await self._ledger.pending(sampler_id):
-                for entry in waiting:
-                    if sampler.base_model in self._models:
-                        await self._models.get(sampler.base_model).desk.cancel(entry.request_id)
-                    else:
-                        failure = encode(Failure(f"sampler {sampler_id} was {REASON}", "user"))
-                        await self._ledger.complete(entry.request_id, failure, failed=True)
-                        self._arrivals.announce(entry.request_id, client_of(entry))
-                await asyncio.sleep(LOOK_SECONDS)
+                failure = Failure(f"sampler {sampler_id} was {REASON}", "user")
+                await asyncio.gather(*(self._samplers.end(entry, sampler, failure) for entry in waiting))
 
     async def _session(self, session_id: str) -> SessionRecord:
         session = await self._ledger.get(SessionRecord, session_id)

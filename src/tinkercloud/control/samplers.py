@@ -13,7 +13,7 @@ from tinkercloud.codec import encode
 from tinkercloud.control.arrivals import Arrivals
 from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.checkpoints import Checkpoints
-from tinkercloud.control.sampler_desk import NUM_SAMPLES, client_of
+from tinkercloud.control.sampler_desk import CANCELLED, NUM_SAMPLES, client_of
 from tinkercloud.control.sampler_keeper import UNBOUND, SamplerKeeper
 from tinkercloud.control.sessions import Sessions
 from tinkercloud.engine.operations import Sample
@@ -186,9 +186,12 @@ class Samplers:
             sampler = await self.get(entry.stream, owner)
         except NotFound:
             return
-        if sampler.base_model in self._models:
-            await self._models.get(sampler.base_model).desk.cancel(sample_id)
+        await self.end(entry, sampler, CANCELLED)
+
+    async def end(self, sample: Entry, sampler: SamplerRecord, failure: Failure) -> None:
+        """Stop a sample: it has failed, and stays so, when this returns. No-op if it has ended."""
         # What the engine answers comes too late if the server ends first, and never while the model is not served.
-        failure = Failure("the sample was cancelled", "user")
-        await self._ledger.complete(sample_id, encode(failure), failed=True)
-        self._arrivals.announce(sample_id, client_of(entry))
+        await self._ledger.complete(sample.request_id, encode(failure), failed=True)
+        self._arrivals.announce(sample.request_id, client_of(sample))
+        if sampler.base_model in self._models:
+            await self._models.get(sampler.base_model).desk.cancel(sample.request_id)

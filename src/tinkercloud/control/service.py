@@ -77,7 +77,7 @@ class Service:
         self.futures = Futures(ledger, self._arrivals, self.models)
         self.quotas = Quotas(ledger)
         self.operator = Operator(
-            ledger, self._arrivals, self.models, self.sessions, self.runs, self.futures, self._keeper
+            ledger, self.models, self.sessions, self.runs, self.samplers, self.futures, self._keeper
         )
         self.stability = StabilityRecords(ledger, settings.stability_retention_seconds)
 
