@@ -55,15 +55,8 @@ def kills_command(
         options += ["--set", f"checkpoints_url={store.bucket()}"]
     if postgresql:
         with PostgreSQL() as database:
-            found, happened = _disturbed(
-                folder,
-                [*options, "--set", f"database_url={database.database()}"],
-                seed,
-                rounds,
-                kills,
-                expected,
-                minutes,
-            )
+            url = database.database()
+            found, happened = _disturbed(folder, options, seed, rounds, kills, expected, minutes, url)
     else:
         found, happened = _disturbed(folder, options, seed, rounds, kills, expected, minutes)
     out.print(_table(happened))
@@ -121,8 +114,17 @@ def faults_of(target: str, calls: tuple[str, ...]) -> Iterator[Fault]:
 
 
 def _disturbed(
-    folder: Path, options: list[str], seed: int, rounds: int, kills: int, expected: Outcome, minutes: float
+    folder: Path,
+    options: list[str],
+    seed: int,
+    rounds: int,
+    kills: int,
+    expected: Outcome,
+    minutes: float,
+    database_url: str | None = None,
 ) -> tuple[list[str], list[Kill]]:
+    if database_url is not None:
+        options = [*options, "--set", f"database_url={database_url}"]
     began = time.monotonic()
     count = 0
 
@@ -133,7 +135,7 @@ def _disturbed(
 
     with Server(folder / "disturbed", *options) as server:
         outcome, happened = disturbed(
-            server, seed, rounds, kills, expected.num_answers, folder / "disturbed.err", on_kill, minutes
+            server, seed, rounds, kills, expected.num_answers, folder / "disturbed.err", on_kill, minutes, database_url
         )
     return differences(expected, outcome), happened
 

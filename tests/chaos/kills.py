@@ -133,9 +133,10 @@ def disturbed(
     errors: Path,
     on_kill: Callable[[Kill], None] = lambda kill: None,
     minutes: float = 60.0,
+    database_url: str | None = None,
 ) -> tuple[Outcome, list[Kill]]:
     """The same script with `kills` kills spread over its `answers` answers, none after so many minutes. The server is
-    stopped at the end, and its data directory verified."""
+    stopped at the end, and its data directory verified, with its database if that is not in it."""
     dice = random.Random(seed)
     moments = sorted(dice.sample(range(1, answers * 9 // 10), kills))
     script = Script(server.url, seed, rounds, errors)
@@ -161,7 +162,7 @@ def disturbed(
         probe.holder.close()
     assert server.stop() == 0
     assert "crashed" not in server.log.read_text(), "no request may end in the last net"
-    lost = [problem for problem in problems(server.data_dir) if problem.lost]
+    lost = [problem for problem in problems(server.data_dir, database_url) if problem.lost]
     assert not lost, lost
     return outcome_of(script, server.data_dir), happened
 
