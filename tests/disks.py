@@ -1,8 +1,9 @@
-"""A disk for a server's data that a test can fill up, whoever runs it."""
+"""Disks for a server's data: one that a test can fill up, whoever runs it, and what is known to be on one."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
+import pytest
 
 from tests.serving import Server
 
@@ -50,6 +52,35 @@ def small_disk(server: Server) -> Iterator[Disk]:
             assert holder.stdout is not None
             holder.stdout.close()
     yield _LimitedFiles(server)
+
+
+def durable(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """By the path of a file or folder of this process: what was in it (its length, its names) when it was synced last,
+    as a power cut would leave it. What is moved goes on under its new path."""
+    kept: dict[str, list[str]] = {}
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        kept[path] = sorted(os.listdir(path)) if os.path.isdir(path) else [str(os.path.getsize(path))]
+
+    def renamed(old: os.PathLike[str], new: os.PathLike[str]) -> None:
+        rename(old, new)
+        for path in [path for path in kept if path == str(old) or path.startswith(f"{old}/")]:
+            kept[f"{new}{path.removeprefix(str(old))}"] = kept.pop(path)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    return kept
+
+
+def lost(kept: dict[str, list[str]], folder: Path, top: Path) -> list[Path]:
+    """What of a folder below `top`, of the folders between them and of its files a power cut could take away."""
+    files = [file for file in folder.iterdir() if kept.get(str(file)) != [str(file.stat().st_size)]]
+    above = [each for each in (folder, *folder.parents) if top in each.parents]
+    names = [each for each in (*folder.iterdir(), *above) if each.name not in kept.get(str(each.parent), [])]
+    return files + names
 
 
 class _Tmpfs:

@@ -10,8 +10,10 @@ import time
 import pytest
 
 from tests.control.conftest import NANO, OWNER, Client, kill_engine
+from tests.disks import durable, lost
 from tinkercloud.control import storage
-from tinkercloud.errors import NotFound, Unavailable
+from tinkercloud.engine import checksums
+from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger import files
 from tinkercloud.ledger.writer import DiskFull
 
@@ -179,7 +181,17 @@ def test_a_failed_import_leaves_nothing(serving, run, tmp_path, monkeypatch):
                 with pytest.raises(DiskFull):
                     await take_in()
             assert not imports()
-            checkpoint = await take_in()
+            with monkeypatch.context() as patch:
+                kept = durable(patch)
+                checkpoint = await take_in()
+            assert lost(kept, data / checkpoint.folder, data) == [], "nor does a power cut take anything"
+            with (data / checkpoint.folder / "adapter_model.safetensors").open("r+b") as weights:
+                weights.seek(-1, os.SEEK_END)
+                weights.write(b"\x7f")
+            assert "adapter_model.safetensors is damaged" in (checksums.damage(data / checkpoint.folder) or "")
+            (source / "adapter_config.json").write_text((source / "adapter_config.json").read_text() + "\n")
+            with pytest.raises(InvalidRequest, match=r"cannot be imported: adapter_config.json .*damaged"):
+                await take_in()
         async with serving():
             assert imports() == 1 and (data / checkpoint.folder).is_dir()
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.disks import durable, lost
 from tests.engine import reference
 from tests.engine.examples import forward_backward, gradient_of, make_datum, parameters_of, run, shaken, together
 from tinkercloud.engine.operations import AdamParams, CreateModel, LoadWeights, LoraConfig, OptimStep, SaveWeights
@@ -164,6 +165,15 @@ def test_what_is_saved_together_is_each_ones_own(trainer_of, tmp_path, monkeypat
         run(trainer, LoadWeights(f"{name} again", str(tmp_path / name)))
         assert torch.equal(parameters_of(trainer, f"{name} again"), parameters_of(trainer, name))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m0", "m1", "m2"]
+
+
+def test_a_power_cut_takes_nothing_of_what_was_saved(trainer_of, tmp_path, monkeypatch):
+    trainer = trainer_of()
+    run(trainer, CreateModel("m", LoraConfig(rank=2)))
+    kept = durable(monkeypatch)
+    for folder in (tmp_path / "checkpoints" / "run" / "weights" / name / "1" for name in ("first", "second")):
+        run(trainer, SaveWeights("m", str(folder), with_optimizer=True))
+        assert lost(kept, folder, tmp_path) == []
 
 
 # ---------------------------------------------------------------- refusals

@@ -29,6 +29,7 @@ from tinkercloud.engine.operations import CloseSampler, LoraConfig, OpenSampler,
 from tinkercloud.engine.peft_layout import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_base_model
 from tinkercloud.engine.results import Failure
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
+from tinkercloud.ledger.files import sync, sync_names
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SessionRecord
 
@@ -133,6 +134,7 @@ class Checkpoints:
         """
         try:
             lora = read_adapter_config(folder)
+            await asyncio.to_thread(checksums.check, folder, CONFIG_FILE, WEIGHTS_FILE)
             named = base_model or read_base_model(folder)
         except OperationError as error:
             raise InvalidRequest(f"{folder} cannot be imported: {error}") from None
@@ -154,11 +156,10 @@ class Checkpoints:
         drafts = self._data_dir / checkpoints_folder(draft_of(model_id))
         draft = checkpoint_folder(draft_of(model_id), "training", name, 0)
         try:
-            await asyncio.to_thread(_copy_adapter, folder, self._data_dir / draft)
+            await asyncio.to_thread(_copy_adapter, folder, self._data_dir / draft, drafts)
             await self._check_loads(base_model, draft)
             place = self._data_dir / checkpoints_folder(model_id, stored=stored)
-            place.parent.mkdir(exist_ok=True)
-            drafts.rename(place)
+            await asyncio.to_thread(_move, drafts, place, self._data_dir)
         finally:
             await asyncio.to_thread(shutil.rmtree, drafts, ignore_errors=True)
         target = checkpoint_folder(model_id, "training", name, 0, stored=stored)
@@ -226,10 +227,21 @@ def _is_over(checkpoint: CheckpointRecord) -> bool:
     return checkpoint.expires_at is not None and checkpoint.expires_at <= time.time()
 
 
-def _copy_adapter(source: Path, target: Path) -> None:
+def _copy_adapter(source: Path, target: Path, top: Path) -> None:
+    """On disk when this returns, with checksums, but for the name of `top`."""
     target.mkdir(parents=True)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / file, target / file)
+    checksums.write_checksums(target)
+    for file in target.iterdir():
+        sync(file)
+    sync_names(target, top)
+
+
+def _move(folder: Path, place: Path, top: Path) -> None:
+    place.parent.mkdir(exist_ok=True)
+    folder.rename(place)
+    sync_names(place.parent, top)
 
 
 def _session_of(imported: CheckpointRecord) -> SessionRecord:

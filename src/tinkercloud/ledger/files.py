@@ -39,7 +39,12 @@ def link_files(source: Path, target: Path, top: Path) -> None:
                 raise
             shutil.copyfile(file, target / file.name)
             sync(target / file.name)
-    for folder in (target, *target.parents):
-        sync(folder)
-        if folder == top:
+    sync_names(target, top)
+
+
+def sync_names(folder: Path, top: Path) -> None:
+    """Return when what a folder holds is on disk by name, and its own name, and so on up to `top`."""
+    for each in (folder, *folder.parents):
+        sync(each)
+        if each == top:
             return

@@ -102,7 +102,7 @@ def draft_adapter(
     """
     if folder.exists() and not replace:
         raise OperationError(f"there is already a checkpoint {folder.name!r}; choose another name or replace it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(folder.parent)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{DRAFT}")
     draft.mkdir()
     try:
@@ -170,6 +170,14 @@ def _sync(folder: Path) -> int:
             size += os.fstat(file.fileno()).st_size
     _sync_directory(folder)
     return size
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, that are not there; their names are on disk."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(exist_ok=True)
+        _sync_directory(each.parent)
 
 
 def _sync_directory(folder: Path) -> None:
