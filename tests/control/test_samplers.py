@@ -81,6 +81,7 @@ def test_samplers_of_finished_sessions_go_and_with_them_what_they_kept(serving, 
                 with pytest.raises(NotFound, match="dropped some time after its session"):
                     await service.samplers.get(sampler.sampler_id, OWNER)
             assert not checkpoint.exists() and not (tmp_path / "data" / running.folder).exists()
+            assert await service._ledger.last_arrival(running.sampler_id) is None, "nor is a row left of its samples"
             assert (await service.samplers.unbound(OWNER, NANO, None)).sampler_id == unbound.sampler_id
             again = await Client._finished(service, await sample(service, unbound, 1))
             assert again.sequences[0].tokens.tolist() == expected.sequences[0].tokens.tolist()

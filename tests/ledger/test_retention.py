@@ -4,10 +4,11 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from tests.ledger.conftest import MODEL, Clock, OpenLedger, model_record
 from tinkercloud.ledger import Ledger
-from tinkercloud.ledger.records import SnapshotRecord
+from tinkercloud.ledger.records import SamplerRecord, SnapshotRecord
 from tinkercloud.ledger.retention import (
     ACKNOWLEDGED_RETENTION,
     EXPIRE_ENTRIES,
@@ -15,13 +16,14 @@ from tinkercloud.ledger.retention import (
     RESULT_RETENTION,
     UNRETRIEVED_RETENTION,
 )
+from tinkercloud.ledger.schema import entries
 from tinkercloud.ledger.segments import SEGMENT_BYTES
 
 pytestmark = pytest.mark.anyio
 
 
-async def end(ledger: Ledger, stream: str, seq_id: int, size: int = 10) -> str:
-    entry = await ledger.append(stream, seq_id, "sample", b"p" * size)
+async def end(ledger: Ledger, stream: str, seq_id: int, size: int = 10, kind: str = "forward") -> str:
+    entry = await ledger.append(stream, seq_id, kind, b"p" * size)
     await ledger.complete(entry.request_id, b"o" * size)
     return entry.request_id
 
@@ -35,7 +37,7 @@ async def is_expired(ledger: Ledger, request_id: str) -> bool:
 
 async def test_a_result_goes_a_while_after_it_was_retrieved(ledger: Ledger, clock: Clock) -> None:
     retrieved, waiting = await end(ledger, "s", 0), await end(ledger, "s", 1)
-    accepted = (await ledger.append("s", 2, "sample", b"p")).request_id
+    accepted = (await ledger.append("s", 2, "forward", b"p")).request_id
     await ledger.retrieved(retrieved)
     clock.now += RESULT_RETENTION - 1
     await ledger.retrieved(retrieved)
@@ -45,7 +47,7 @@ async def test_a_result_goes_a_while_after_it_was_retrieved(ledger: Ledger, cloc
     assert await is_expired(ledger, retrieved) and not await is_expired(ledger, waiting)
     with pytest.raises(KeyError, match="expired"):
         await ledger.payload(retrieved)
-    repeat = await ledger.append("s", 0, "sample", b"p")
+    repeat = await ledger.append("s", 0, "forward", b"p")
     assert repeat.repeated and repeat.expired
     clock.now += UNRETRIEVED_RETENTION
     assert await ledger.expire() == 1
@@ -56,7 +58,7 @@ async def test_a_result_goes_a_while_after_it_was_retrieved(ledger: Ledger, cloc
 async def test_a_result_goes_soon_after_its_client_said_that_it_has_it(ledger: Ledger, clock: Clock) -> None:
     """Whether it said so before or after the retrieval was written down; what has not ended is not touched."""
     written, unwritten, kept = [await end(ledger, "s", seq_id) for seq_id in range(3)]
-    accepted = (await ledger.append("s", 3, "sample", b"p")).request_id
+    accepted = (await ledger.append("s", 3, "forward", b"p")).request_id
     for key in (written, unwritten, kept):
         await ledger.retrieved(key)
         if key == written:
@@ -98,6 +100,25 @@ async def test_many_expire_in_several_writes(ledger: Ledger, clock: Clock) -> No
     assert await ledger.expire() == number
 
 
+async def test_nothing_is_left_of_the_samples_of_a_sampler_that_is_gone(ledger: Ledger, clock: Clock) -> None:
+    """Whether they expire before it goes or after; as long as it is there, a repeat of one is known for what it is."""
+    number = EXPIRE_ENTRIES + 10
+    record = SamplerRecord("s", "session", "alice", "base", None, "", 1.0)
+    await ledger.insert(record)
+    before = [f"s:{n}" for n in range(number)]
+    await asyncio.gather(*(end(ledger, "s", n, kind="sample") for n in range(number)))
+    clock.now += UNRETRIEVED_RETENTION + 1
+    after = [await end(ledger, "s", number, kind="sample"), await end(ledger, MODEL, 0)]
+    assert await ledger.expire() == number
+    assert all([await is_expired(ledger, key) for key in before])
+    await ledger.forget_samples("s")
+    await ledger.remove(SamplerRecord, "s")
+    clock.now += UNRETRIEVED_RETENTION + 1
+    assert await ledger.expire() == 2
+    left = select(entries.c.request_id)
+    assert await ledger.searches._readers.read(lambda connection: connection.scalars(left).all()) == after[1:]
+
+
 async def test_an_empty_segment_file_goes_and_the_others_stay(
     tmp_path: Path, open_ledger: OpenLedger, clock: Clock
 ) -> None:
@@ -130,7 +151,7 @@ async def test_what_is_kept_outlives_its_retrieval_and_each_keep_begins_the_time
     ledger: Ledger, clock: Clock
 ) -> None:
     day = 86400.0
-    kept, other = [(await ledger.append("s", n, "sample", b"p")).request_id for n in range(2)]
+    kept, other = [(await ledger.append("s", n, "forward", b"p")).request_id for n in range(2)]
     await ledger.complete(kept, b"o", keep_seconds=day)
     await ledger.complete(other, b"o")
     for request_id in (kept, other):
@@ -154,7 +175,7 @@ async def test_what_is_kept_outlives_its_retrieval_and_each_keep_begins_the_time
 
 async def test_what_is_kept_is_kept_by_the_next_server_too(open_ledger: OpenLedger, clock: Clock) -> None:
     ledger = await open_ledger(clock=clock)
-    appended = await asyncio.gather(*(ledger.append("s", n, "sample", b"p") for n in range(KEEP_ENTRIES + 1)))
+    appended = await asyncio.gather(*(ledger.append("s", n, "forward", b"p") for n in range(KEEP_ENTRIES + 1)))
     request_ids = [entry.request_id for entry in appended]
     long = 10 * UNRETRIEVED_RETENTION
     await asyncio.gather(*(ledger.complete(request_id, b"o", keep_seconds=long) for request_id in request_ids))

@@ -110,6 +110,7 @@ class SamplerKeeper:
             yield
             async with self.changing:
                 is_left = await self._inflight.leave(sampler)
+                await self._ledger.forget_samples(sampler.sampler_id)
                 await self._ledger.remove(SamplerRecord, sampler.sampler_id)
                 await (self.close(sampler) if is_left else self._drop_folder(sampler))
         finally:
@@ -193,6 +194,7 @@ class SamplerKeeper:
             return  # somebody came while others were looked at
         self._removing.add(sampler.sampler_id)
         try:
+            await self._ledger.forget_samples(sampler.sampler_id)
             await self._ledger.remove(SamplerRecord, sampler.sampler_id)
             await self._drop_folder(sampler)
         finally:

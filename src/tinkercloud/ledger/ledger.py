@@ -382,6 +382,12 @@ class Ledger:
             await self._writer.write(retention.forget_segments, empty)
         return expired
 
+    async def forget_samples(self, sampler_id: str) -> None:
+        """Forget the samples of a sampler that is about to go, as far as they are past their retention; the rest is
+        forgotten when it is."""
+        while await self._writer.write(retention.forget_samples, sampler_id):
+            pass
+
     async def _flush_regularly(self) -> None:
         while True:
             await asyncio.sleep(FLUSH_SECONDS)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sqlalchemy import ColumnElement, and_, bindparam, case, delete, exists, func, select, update
 
-from tinkercloud.ledger.schema import IS_KEPT, entries, models, segments, small_blobs, snapshots
+from tinkercloud.ledger.schema import IS_KEPT, entries, models, samplers, segments, small_blobs, snapshots
 from tinkercloud.ledger.segments import Blob
 from tinkercloud.ledger.writer import Transaction
 
@@ -20,6 +20,9 @@ UNRETRIEVED_RETENTION = 7 * 86400.0
 ACKNOWLEDGED_RETENTION = 60.0
 """Seconds for which a result is kept after its client said that it has it."""
 
+SAMPLE = "sample"
+"""The kind of the entries whose stream is a sampler."""
+
 EXPIRE_ENTRIES = 1000
 """Entries that one write expires, so that others need not wait long for their turn."""
 
@@ -28,7 +31,8 @@ KEEP_ENTRIES = 1000
 
 
 def expire(transaction: Transaction, times: list[float]) -> list[list[str]]:
-    """For each time: the request ids of at most `EXPIRE_ENTRIES` entries whose payload and outcome are now gone."""
+    """For each time: the request ids of at most `EXPIRE_ENTRIES` entries whose payload and outcome are now gone; those
+    of samples with all that is known of them, if their sampler is gone too."""
     return [_expire(transaction, now) for now in times]
 
 
@@ -49,7 +53,20 @@ def _expire(transaction: Transaction, now: float) -> list[str]:
     names = [f"{part}_{field}" for part in ("payload", "outcome") for field in Blob._fields]
     forget = update(entries).where(entries.c.request_id.in_(keys))
     connection.execute(forget.values(expired_at=now, **dict.fromkeys(names)))
+    of_no_sampler = ~exists().where(samplers.c.sampler_id == entries.c.stream)
+    connection.execute(delete(entries).where(entries.c.request_id.in_(keys), entries.c.kind == SAMPLE, of_no_sampler))
     return keys
+
+
+def forget_samples(transaction: Transaction, sampler_ids: list[str]) -> list[int]:
+    """For each sampler: how many of its samples are now as if they had never been, at most `EXPIRE_ENTRIES` of those
+    that have expired."""
+    forgotten = []
+    for sampler_id in sampler_ids:
+        where = and_(entries.c.stream == sampler_id, entries.c.expired_at.is_not(None))
+        some = select(entries.c.request_id).where(where).limit(EXPIRE_ENTRIES)
+        forgotten.append(transaction.connection.execute(delete(entries).where(entries.c.request_id.in_(some))).rowcount)
+    return forgotten
 
 
 def needed_for_replay() -> ColumnElement[bool]:
