@@ -96,6 +96,38 @@ def test_many_saves_at_once_have_one_limit(tenants):
     tenants.run(story())
 
 
+def test_many_copies_at_once_have_one_limit(tenants):
+    async def story():
+        await user(tenants, "peggy", max_storage_bytes=1)
+        things = await tenants.begin()
+        address = things.checkpoint.removeprefix("tinker://").replace("/", "/checkpoints/", 1)
+        assert (await tenants.ask("owner", "POST", f"/training_runs/{address}/publish")).status_code == 204
+        copy = {"source_path": things.checkpoint, "destination_project_id": "p"}
+        asked = (
+            tenants.ask("peggy", "POST", "/copy_weights", copy, **({"x-idempotency-key": "k"} if number < 3 else {}))
+            for number in range(8)
+        )
+        statuses = [answer.status_code for answer in await asyncio.gather(*asked)]
+        assert statuses == [200] * 3 + [403] * 5, "repeats are one"
+
+    tenants.run(story())
+
+
+def test_many_imports_at_once_have_one_limit(tenants):
+    async def story():
+        await user(tenants, "rupert", max_storage_bytes=1, is_operator=True)
+        things = await tenants.begin()
+        (folder,) = (tenants.data_dir / "checkpoints" / things.run.replace(":", "_") / "weights").glob("*/*")
+        take_in = {"folder": str(folder), "name": "theirs"}
+        asked = (tenants.ask("rupert", "POST", "/admin/checkpoints/import", take_in) for _ in range(2))
+        assert sorted([answer.status_code for answer in await asyncio.gather(*asked)]) == [200, 403]
+        again = await tenants.ask("rupert", "POST", "/admin/checkpoints/import", take_in)
+        assert again.status_code == 403 and "max_storage" in again.text
+        assert len(list((tenants.data_dir / "checkpoints").glob("*import-*/*/*/*"))) == 1, "of the others"
+
+    tenants.run(story())
+
+
 def test_tokens_a_day(tenants, monkeypatch):
     async def story():
         await user(tenants, "erin", max_daily_tokens=7)

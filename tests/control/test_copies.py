@@ -1,10 +1,9 @@
 """Copies of checkpoints are recorded whole or not at all."""
 
-import asyncio
-
 import pytest
 
 from tests.control.conftest import OWNER, Client
+from tinkercloud.control.checkpoints import no_limit
 from tinkercloud.ledger import catalog
 from tinkercloud.ledger.records import CheckpointRecord, SessionRecord
 
@@ -32,6 +31,6 @@ def test_a_copy_into_a_project_that_cannot_be_recorded_leaves_no_session(shared,
         assert await service._ledger.count(SessionRecord) == before + 1
 
     async def copied(service, saved):
-        return await service.copies.into_project(saved.path, OWNER, "p", None, "key", lambda: asyncio.sleep(0))
+        return await service.copies.into_project(saved.path, OWNER, "p", None, "key", no_limit)
 
     shared(story)

@@ -9,6 +9,7 @@ must name the server by an address: a web page in the operator's browser can do 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from tinkercloud.addresses import is_loopback
 from tinkercloud.api.audit import Event
-from tinkercloud.api.auth import Owner, require_operator
+from tinkercloud.api.auth import Owner, caller_of, require_operator
 from tinkercloud.api.dependencies import Limit, Offset, ServiceOf, body_of
 from tinkercloud.api.validate import check_name
 from tinkercloud.api.wire import json as wire
@@ -101,7 +102,8 @@ async def import_checkpoint(request: Request, service: ServiceOf, owner: Owner) 
     """Take in an adapter in PEFT's layout from a folder of the server's machine, to sample from or to train on."""
     given = await read(request, wire.ImportCheckpoint)
     check_name(given.name, None)
-    checkpoint = await service.checkpoints.import_folder(Path(given.folder), given.name, given.base_model, owner)
+    allow = partial(service.quotas.storage, caller_of(request).key)
+    checkpoint = await service.checkpoints.import_folder(Path(given.folder), given.name, given.base_model, owner, allow)
     return {"path": checkpoint.path}
 
 

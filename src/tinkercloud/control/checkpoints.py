@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,13 @@ from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger.files import sync, sync_names
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SessionRecord
+
+Allow = Callable[[], Awaitable[None]]
+"""Raises if nothing more may be stored; not asked about what is there."""
+
+
+async def no_limit() -> None:
+    """An `Allow` that allows everything."""
 
 
 class Checkpoints:
@@ -125,13 +132,16 @@ class Checkpoints:
 
     # ------------------------------------------------------------ taking in foreign ones
 
-    async def import_folder(self, folder: Path, name: str, base_model: str | None, owner: str) -> CheckpointRecord:
+    async def import_folder(
+        self, folder: Path, name: str, base_model: str | None, owner: str, allow: Allow = no_limit
+    ) -> CheckpointRecord:
         """Copy an adapter in PEFT's layout into the data directory, after an engine has been able to load it.
 
         `base_model` is the served name of the model that it belongs to; without it, the one that the adapter names.
         InvalidRequest says what is wrong with the folder, NotFound names the base models that are served, Unavailable
-        that the engine could not say.
+        that the engine could not say. And what `allow` raises.
         """
+        await allow()  # before anything is copied
         try:
             lora = read_adapter_config(folder)
             await asyncio.to_thread(checksums.check, folder, CONFIG_FILE, WEIGHTS_FILE)
@@ -167,11 +177,13 @@ class Checkpoints:
         session = _session_of(checkpoint)
         run = run_that_holds(checkpoint, model_id, model_id, 0, owner, checkpoint.created_at)
         try:
-            if not stored:
-                return await self._ledger.insert(checkpoint, run, session)
-            await self._ledger.insert(run, session)  # by which a start knows what a crash left of it in the store
-            await self._publish(checkpoint)
-            return await self._ledger.insert(checkpoint)
+            async with self._storage.saving[owner]:
+                await allow()
+                if not stored:
+                    return await self._ledger.insert(checkpoint, run, session)
+                await self._ledger.insert(run, session)  # by which a start knows what a crash left of it in the store
+                await self._publish(checkpoint)
+                return await self._ledger.insert(checkpoint)
         except Exception:  # not of a caller that was cancelled: its write may still happen
             await self._storage.free(target)
             raise

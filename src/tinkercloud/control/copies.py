@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable
 
 from msgspec.structs import replace
 
-from tinkercloud.control.checkpoints import Checkpoints, run_that_holds
+from tinkercloud.control.checkpoints import Allow, Checkpoints, run_that_holds
 from tinkercloud.control.folders import checkpoint_path, parse_checkpoint_path
 from tinkercloud.control.runs import TrainingRuns
+from tinkercloud.control.storage import Storage
 from tinkercloud.errors import InvalidRequest
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SessionRecord
@@ -21,15 +21,13 @@ COPIED_FROM = "copied_from"
 _KEYS = uuid.UUID("6f4f7b1e-5d0c-4f0a-9d5b-2f1f0a4f8c11")
 """The namespace of the sessions that idempotency keys stand for."""
 
-Allow = Callable[[], Awaitable[None]]
-"""Raises if nothing more may be stored; not asked about a copy that is there."""
-
 
 class Copies:
     """Makes copies. A copy is the checkpoint of a training run in which nothing can be trained."""
 
-    def __init__(self, ledger: Ledger, checkpoints: Checkpoints):
+    def __init__(self, ledger: Ledger, checkpoints: Checkpoints, storage: Storage):
         self._ledger = ledger
+        self._storage = storage
         self._checkpoints = checkpoints
 
     async def into_project(
@@ -77,29 +75,30 @@ class Copies:
         model_id = TrainingRuns.id_of(session, model_seq_id)
         _, kind, name = parse_checkpoint_path(source)
         path = checkpoint_path(model_id, kind, name)
-        first = await self._ledger.get(ModelRecord, model_id)
-        there = await self._ledger.get(CheckpointRecord, path)
-        if first is not None:
-            _check_same(first, source)
-        if there is not None:
-            return there
-        await allow()
-        now = time.time()
-        async with self._checkpoints.held(source, session.owner, reader) as checkpoint:
-            run = run_that_holds(
-                checkpoint, model_id, session.session_id, model_seq_id, session.owner, now, {COPIED_FROM: source}
-            )
-            copy = replace(
-                checkpoint,
-                path=path,
-                model_id=model_id,
-                owner=session.owner,
-                created_at=now,
-                expires_at=None if ttl_seconds is None else now + ttl_seconds,
-                public=False,
-            )
-            _check_same(await self._ledger.insert(run, copy, *([session] if is_new else [])), source)
-            return await self._ledger.insert(copy)
+        async with self._storage.saving[session.owner]:  # of many at once each is allowed after the ones before
+            first = await self._ledger.get(ModelRecord, model_id)
+            there = await self._ledger.get(CheckpointRecord, path)
+            if first is not None:
+                _check_same(first, source)
+            if there is not None:
+                return there
+            await allow()
+            now = time.time()
+            async with self._checkpoints.held(source, session.owner, reader) as checkpoint:
+                run = run_that_holds(
+                    checkpoint, model_id, session.session_id, model_seq_id, session.owner, now, {COPIED_FROM: source}
+                )
+                copy = replace(
+                    checkpoint,
+                    path=path,
+                    model_id=model_id,
+                    owner=session.owner,
+                    created_at=now,
+                    expires_at=None if ttl_seconds is None else now + ttl_seconds,
+                    public=False,
+                )
+                _check_same(await self._ledger.insert(run, copy, *([session] if is_new else [])), source)
+                return await self._ledger.insert(copy)
 
 
 def _check_same(run: ModelRecord, source: str) -> None:

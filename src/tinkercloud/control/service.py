@@ -64,7 +64,7 @@ class Service:
         self.runs = TrainingRuns(ledger, self.models, self.sessions, self.storage)
         self.checkpoints = Checkpoints(ledger, self.models, self.storage, settings.data_dir)
         self.billing = Billing(ledger, self.models, settings)
-        self.copies = Copies(ledger, self.checkpoints)
+        self.copies = Copies(ledger, self.checkpoints, self.storage)
         self.samplers = Samplers(
             ledger,
             self._arrivals,
