@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import socket
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,8 +25,9 @@ from tinkercloud.engine.messages import (
     Working,
     frame_length,
 )
-from tinkercloud.engine.operations import CreateModel, Datum, ForwardBackward, LoraConfig
-from tinkercloud.engine.results import LossOutput, SampleOutput
+from tinkercloud.engine.operations import CreateModel, Datum, ForwardBackward, LoraConfig, SaveWeights
+from tinkercloud.engine.results import LossOutput, SampleOutput, SaveOutput
+from tinkercloud.engine.torch.checkpoints import Draft
 
 MICRO_BATCH, STEP = 10, 1
 """What they take on the clock."""
@@ -36,7 +38,8 @@ DATUMS = 6
 
 @pytest.fixture
 def told(sampler_of, trainer_of, monkeypatch):
-    """Run an engine on the messages to its end: (what happened, in order: "train" and "step"; what it answered)."""
+    """Run an engine on the messages to its end: (what happened, in order: "train" and "step"; what it answered).
+    `happened` is what has until now."""
     sampler, trainer = sampler_of("qwen3"), trainer_of("qwen3", token_budget=32)
     happened: list[str] = []
     run, step = trainer.run, sampler.step
@@ -81,6 +84,7 @@ def told(sampler_of, trainer_of, monkeypatch):
             step()
         return happened, said
 
+    tell.happened = happened
     return tell
 
 
@@ -123,6 +127,24 @@ def test_a_flood_of_samples_leaves_training_half_of_the_time(told):
     train, steps = happened[first:last].count("train"), happened[first:last].count("step")
     assert train == 2 * DATUMS and steps <= train * MICRO_BATCH // STEP
     assert all(isinstance(one.result, SampleOutput) for one in said if isinstance(one, Answer))
+
+
+def test_samples_go_on_while_a_save_waits_for_the_disk(told, monkeypatch, tmp_path):
+    publish = Draft.publish
+
+    def publish_after_steps(draft):
+        before, deadline = told.happened.count("step"), time.monotonic() + 20
+        while told.happened.count("step") < before + 10 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        told.happened.append("publish")
+        return publish(draft)
+
+    monkeypatch.setattr(Draft, "publish", publish_after_steps)
+    save = RunCycle(1, (encode(SaveWeights("m", str(tmp_path / "saved"))),))
+    happened, said = told(CREATE, *asked(1, 30), save)
+    assert happened[: happened.index("publish")].count("step") > 10
+    (saved,) = [message.results[0] for message in said if isinstance(message, CycleDone) and message.cycle_id == 1]
+    assert isinstance(saved, SaveOutput)
 
 
 def test_an_answer_that_cannot_be_sent_is_its_requests_failure(told, monkeypatch):

@@ -63,7 +63,7 @@ class Engine:
     The policy: while both have work they get equal shares of time. After each training micro-batch the sampler runs
     steps for as long as that micro-batch took (at least one), so the time between two tokens of a sequence is bounded
     by one micro-batch, and a flood of samples can at most halve training's speed. Micro-batches are short while there
-    are samples, and for a moment after the last one came.
+    are samples, and for a moment after the last one came. Samples go on while a save waits for the disk.
     """
 
     def __init__(self, trainer: Trainer, sampler: Sampler, sock: socket.socket, inbox: queue.SimpleQueue[ToEngine]):

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +51,9 @@ SHORT_SECONDS = 0.1
 
 SYNCED_TOGETHER = 16
 """Saves that wait for the disk at a time."""
+
+DISK_SECONDS = 0.01
+"""How long they wait for it between two turns of others."""
 
 
 class TorchTrainer:
@@ -216,8 +219,10 @@ class TorchTrainer:
                 size = _guarded(lambda _: drafts[place].publish(), operations[place])
                 return size if isinstance(size, Failure) else SaveOutput(operations[place].folder, size)
 
-            results |= zip(drafts, threads.map(publish, drafts), strict=True)
-        return results
+            published = {place: threads.submit(publish, place) for place in drafts}
+            while wait(published.values(), DISK_SECONDS).not_done:
+                turns.next()
+        return results | {place: future.result() for place, future in published.items()}
 
     def _draft(self, operation: SaveWeights) -> Draft:
         return draft_adapter(
