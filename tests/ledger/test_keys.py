@@ -46,6 +46,61 @@ async def test_a_running_server_knows_within_a_second(tmp_path: Path, database_u
         await ledger.close()
 
 
+async def test_a_revoked_key_does_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what was read before it was revoked, and is kept late."""
+    secret = keys.new_secret()
+    with keys.changing(tmp_path, None) as connection:
+        stored = keys.add(connection, record(secret))
+    ledger = await Ledger.open(tmp_path)
+    known = await Keys.open(ledger)
+    read, late, has_read = ledger.keys, asyncio.Event(), asyncio.Event()
+
+    async def read_early() -> list[KeyRecord]:
+        monkeypatch.setattr(ledger, "keys", read)
+        found = await read()
+        has_read.set()
+        await late.wait()
+        return found
+
+    try:
+        monkeypatch.setattr(ledger, "keys", read_early)
+        refreshing = asyncio.create_task(known.refresh())
+        await has_read.wait()
+        revoking = asyncio.create_task(known.revoke(stored))
+        await asyncio.wait([revoking], timeout=0.1)
+        late.set()
+        await asyncio.gather(refreshing, revoking)
+        assert known.find(secret) is None
+    finally:
+        await known.close()
+        await ledger.close()
+
+
+async def test_keys_are_read_again_after_whatever_went_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinkercloud.control.keys.REFRESH_SECONDS", 0.01)
+    ledger = await Ledger.open(tmp_path)
+    known = await Keys.open(ledger)
+    failed = asyncio.Event()
+
+    async def wrong() -> list[KeyRecord]:
+        failed.set()
+        raise ValueError("what no key is like")
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(ledger, "keys", wrong)
+            await failed.wait()
+        secret = keys.new_secret()
+        with keys.changing(tmp_path, None) as connection:
+            keys.add(connection, record(secret))
+        async with asyncio.timeout(5):
+            while known.find(secret) is None:
+                await asyncio.sleep(0.01)
+    finally:
+        await known.close()
+        await ledger.close()
+
+
 async def test_a_transaction_that_fails_leaves_no_key(tmp_path: Path, database_url: str | None) -> None:
     with pytest.raises(RuntimeError), keys.changing(tmp_path, database_url) as connection:
         keys.add(connection, record(keys.new_secret()))

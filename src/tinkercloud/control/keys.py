@@ -7,7 +7,6 @@ import hmac
 import logging
 import time
 
-from tinkercloud.control.passing import PASSING
 from tinkercloud.ledger.keys import digest
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import KeyRecord
@@ -32,6 +31,7 @@ class Keys:
         self._ledger = ledger
         self._by_digest: dict[str, KeyRecord] = {}
         self._by_id: dict[int, KeyRecord] = {}
+        self._refreshing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -58,9 +58,10 @@ class Keys:
 
     async def refresh(self) -> None:
         """Read the keys again."""
-        keys = await self._ledger.keys()
-        self._by_digest = {key.digest: key for key in keys}
-        self._by_id = {key.key_id: key for key in keys}
+        async with self._refreshing:  # what was read first must not be kept last
+            keys = await self._ledger.keys()
+            self._by_digest = {key.digest: key for key in keys}
+            self._by_id = {key.key_id: key for key in keys}
 
     async def close(self) -> None:
         if self._task is not None:
@@ -72,7 +73,7 @@ class Keys:
             await asyncio.sleep(REFRESH_SECONDS)
             try:
                 await self.refresh()
-            except PASSING:
+            except Exception:
                 log.exception("the keys could not be read again; those that were valid stay so meanwhile")
 
 
