@@ -11,8 +11,9 @@ import pytest
 
 from tests.control.conftest import NANO, OWNER, Client, kill_engine
 from tests.disks import durable, lost
-from tinkercloud.control import storage
+from tinkercloud.control import publications, storage
 from tinkercloud.engine import checksums
+from tinkercloud.engine.results import SaveOutput
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
 from tinkercloud.ledger import files
 from tinkercloud.ledger.writer import DiskFull
@@ -196,3 +197,24 @@ def test_a_failed_import_leaves_nothing(serving, run, tmp_path, monkeypatch):
             assert imports() == 1 and (data / checkpoint.folder).is_dir()
 
     run(story)
+
+
+def test_a_publication_that_fails_for_an_unknown_reason_is_logged_and_tried_again_later(shared, monkeypatch, caplog):
+    monkeypatch.setattr(publications, "RETRY_SECONDS", 0.2)
+
+    async def story(service):
+        async def wrong(_):
+            raise ValueError("not as it should be")
+
+        async def then(_):
+            raise AssertionError("it has not ended")
+
+        monkeypatch.setattr(service.storage, "publish", wrong)
+        waiting, goes_on = publications.Publications(service.storage), asyncio.Event()
+        begun = time.monotonic()
+        waiting.start("run", SaveOutput("cache/run/weights/it/1", 1), then, goes_on.set)
+        await goes_on.wait()
+        assert time.monotonic() - begun >= 0.2 and "run" not in waiting
+        assert "cache/run/weights/it/1 was not published" in caplog.text and "not as it should be" in caplog.text
+
+    shared(story)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 
+from tinkercloud.control.passing import RETRY_SECONDS
 from tinkercloud.control.storage import Storage
 from tinkercloud.engine.results import Failure, Result, SaveOutput
 from tinkercloud.errors import Unavailable
+
+log = logging.getLogger(__name__)
 
 STOP_SECONDS = 15.0
 """How long a stop waits for them."""
@@ -45,6 +49,9 @@ class Publications:
                 why = f"the checkpoint was not saved: {error}. Nothing is left of it; save it again"
                 result = Failure(why, "server")
             await then(result)
+        except Exception:
+            log.exception("%s was not published; it is saved again in %g s", saved.folder, RETRY_SECONDS)
+            await asyncio.sleep(RETRY_SECONDS)
         finally:
             self._tasks.pop(model_id, None)
             always()
