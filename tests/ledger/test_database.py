@@ -10,16 +10,16 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect, text
+from sqlalchemy import event, inspect, text
 from sqlalchemy.exc import OperationalError
 
 from tests.postgresql import PostgreSQL
 from tests.serving import free_port
 from tinkercloud.engine.operations import LoraConfig
 from tinkercloud.errors import Unavailable
-from tinkercloud.ledger import Ledger, database, schema
+from tinkercloud.ledger import Ledger, catalog, database, schema
 from tinkercloud.ledger.lock import DataDirInUse, DataDirLock
-from tinkercloud.ledger.records import CheckpointRecord, ModelRecord
+from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SessionRecord
 
 MIGRATIONS = str(Path(database.__file__).parent / "migrations")
 
@@ -41,6 +41,22 @@ def test_migrations_lead_to_the_tables_of_the_schema(url: str) -> None:
             assert connection.scalar(text("PRAGMA synchronous")) == 2
     engine.dispose()
     assert ScriptDirectory(MIGRATIONS).get_heads() == [database.HEAD]
+
+
+def test_housekeeping_does_not_look_at_the_sessions_that_have_finished(tmp_path: Path) -> None:
+    """Every few seconds; there may be years of them."""
+    engine = database.connect(f"sqlite:///{tmp_path / 'ledger.db'}", connections=1)
+    database.migrate(engine)
+    plans: list[str] = []
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def explain(_, cursor, statement, parameters, *__):
+        plans.extend(row[3] for row in cursor.execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall())
+
+    with engine.connect() as connection:
+        catalog.find(connection, SessionRecord, {"state": "active"}, None, 0)
+    engine.dispose()
+    assert any("USING INDEX ix_sessions_state_created_at" in plan for plan in plans), plans
 
 
 def test_a_migration_happens_whole_or_not_at_all(url: str) -> None:

@@ -14,7 +14,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlche
 
 from tinkercloud.errors import Unavailable
 
-HEAD = "0012"
+HEAD = "0013"
 """The newest migration. Known here so that opening a database that is up to date need not import Alembic (0.3 s)."""
 
 BUSY_TIMEOUT = 30

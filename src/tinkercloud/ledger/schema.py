@@ -48,6 +48,7 @@ sessions = Table(
     Column("finish_reason", String),
     Column("finish_detail", String),
     Index(None, "owner", "created_at"),
+    Index(None, "state", "created_at"),
 )
 
 models = Table(
