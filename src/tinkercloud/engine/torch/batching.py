@@ -135,7 +135,7 @@ class ContinuousBatch:
         tokens anywhere, or, with linear attention, after one, as when they were drawn."""
         chunk = (sequence.cached // PREFILL_CHUNK + 1) * PREFILL_CHUNK
         if not sequence.holds_prompt:
-            return min(chunk, len(sequence.request.prompt))
+            return min(chunk, sequence.request.prompt_tokens)
         return sequence.cached + 1 if self._states else min(chunk, sequence.num_tokens)
 
     def _grow(self) -> None:
@@ -258,7 +258,7 @@ class ContinuousBatch:
         """Keep the complete pages that have drawn tokens, for a prompt that begins with all of these."""
         if sequence.namespace is None or not sequence.namespace.open or not sequence.holds_prompt:
             return
-        first, complete = len(sequence.request.prompt) // PAGE_TOKENS, sequence.cached // PAGE_TOKENS
+        first, complete = sequence.request.prompt_tokens // PAGE_TOKENS, sequence.cached // PAGE_TOKENS
         if first < complete:
             keys = page_keys(sequence.tokens(first * PAGE_TOKENS, complete * PAGE_TOKENS))
             own = sequence.pages[first:complete]

@@ -5,6 +5,7 @@ of rows of logits at a time."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -28,32 +29,45 @@ class PromptScores:
     """The scores of one request's prompt: log-probabilities of the raw model, whatever the request's temperature.
 
     The hidden state at position i scores the token at position i + 1; nothing scores the first token. Values depend on
-    the prompt and the request's seed alone, not on how the prompt was cut.
+    the prompt and the request's seed alone, not on how the prompt was cut. Its arrays are made when there is something
+    to put in: many more requests wait than run.
     """
 
     def __init__(self, operation: Sample) -> None:
         self._operation = operation
         self._prompt = operation.prompt
-        length, top, alternatives = len(self._prompt), operation.topk_prompt_logprobs, operation.prompt_alt_tokens_k
-        self.logprobs = np.full(length, np.nan, np.float32) if operation.prompt_logprobs else None
-        """float32 [N]; NaN where nothing was scored."""
-        self.top: TopLogprobs | None = without_distribution(length, top) if top else None
+        length = len(self._prompt)
         self.targets = _Targets(operation.target_prompt_logprobs) if operation.target_prompt_logprobs else None
-        self.alternatives: AltTokens | None = None
-        if alternatives:
-            shape = (length - 1, alternatives)
-            self.alternatives = AltTokens(token_ids=np.zeros(shape, np.int32), logprobs=np.zeros(shape, np.float32))
         self._tokens_from = length - (operation.prompt_logprobs_last_n or length - 1)
         """The first position whose own and likeliest tokens are scored."""
         wanted = [length]
-        if operation.prompt_logprobs or top:
+        if operation.prompt_logprobs or operation.topk_prompt_logprobs:
             wanted.append(self._tokens_from - 1)
         if self.targets is not None:
             wanted.append(self.targets.first_row)
-        if alternatives:
+        if operation.prompt_alt_tokens_k:
             wanted.append(0)
         self.needed_from = min(wanted)
         """The first position of the prompt whose hidden state is still to be taken; with `complete`, none is."""
+
+    @cached_property
+    def logprobs(self) -> np.ndarray | None:
+        """float32 [N]; NaN where nothing was scored."""
+        return np.full(len(self._prompt), np.nan, np.float32) if self._operation.prompt_logprobs else None
+
+    @cached_property
+    def top(self) -> TopLogprobs | None:
+        """[N, k]"""
+        most = self._operation.topk_prompt_logprobs
+        return without_distribution(len(self._prompt), most) if most else None
+
+    @cached_property
+    def alternatives(self) -> AltTokens | None:
+        """[N - 1, k]"""
+        if not self._operation.prompt_alt_tokens_k:
+            return None
+        shape = (len(self._prompt) - 1, self._operation.prompt_alt_tokens_k)
+        return AltTokens(token_ids=np.zeros(shape, np.int32), logprobs=np.zeros(shape, np.float32))
 
     @property
     def complete(self) -> bool:
@@ -108,23 +122,34 @@ class _Targets:
 
     def __init__(self, asked: Matrix) -> None:
         self._asked = asked
-        self._named = np.flatnonzero(asked.values >= 0)
-        """Places of `values` that name an id, and of each its row and its id."""
-        self._rows = asked.rows[self._named]
-        self._ids = asked.values[self._named]
-        self._logprobs = np.zeros(len(asked.values), np.float32)
 
     @property
     def first_row(self) -> int:
         """The first that names an id."""
-        return int(self._rows[0])
+        return int(self._asked.rows[np.argmax(self._asked.values >= 0)])
+
+    @cached_property
+    def _named(self) -> np.ndarray:
+        """Places of `values` that name an id."""
+        return np.flatnonzero(self._asked.values >= 0)
+
+    @cached_property
+    def _rows(self) -> np.ndarray:
+        """The row of each of them."""
+        return self._asked.rows[self._named]
+
+    @cached_property
+    def _logprobs(self) -> np.ndarray:
+        """float32, of each of `values`."""
+        return np.zeros(len(self._asked.values), np.float32)
 
     def score(self, first: int, distribution: Tensor) -> None:
         """Rows first, first + 1, ... from their log-probabilities [m, V]."""
         begin, end = np.searchsorted(self._rows, (first, first + len(distribution)))
+        places = self._named[begin:end]
         rows = torch.from_numpy(self._rows[begin:end] - first).to(distribution.device)
-        ids = torch.from_numpy(self._ids[begin:end]).to(distribution.device)
-        self._logprobs[self._named[begin:end]] = distribution[rows, ids].cpu().numpy()
+        ids = torch.from_numpy(self._asked.values[places]).to(distribution.device)
+        self._logprobs[places] = distribution[rows, ids].cpu().numpy()
 
     def output(self) -> Matrix:
         """Laid out as the request's, 0 where it names nothing."""

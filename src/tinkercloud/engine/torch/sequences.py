@@ -39,7 +39,7 @@ class Request:
         self.operation = operation
         self.sampler = sampler
         self.stop = stop
-        self.prompt: list[int] = operation.prompt.tolist()
+        self.prompt_tokens = len(operation.prompt)
         self.sequences = [Sequence(self, index) for index in range(operation.num_samples)]
         self.scores = PromptScores(operation)
         self.cache_hit_tokens: int | None = None
@@ -53,8 +53,8 @@ class Request:
     def common_tokens(self, other: Request) -> int:
         """How many tokens its prompt and another's begin alike."""
         if other is self:
-            return len(self.prompt)
-        length = min(len(self.prompt), len(other.prompt))
+            return self.prompt_tokens
+        length = min(self.prompt_tokens, other.prompt_tokens)
         differs = np.flatnonzero(self.operation.prompt[:length] != other.operation.prompt[:length])
         return int(differs[0]) if len(differs) else length
 
@@ -128,18 +128,18 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.request.prompt) + len(self.generated)
+        return self.request.prompt_tokens + len(self.generated)
 
     @property
     def holds_prompt(self) -> bool:
         """Whether only drawn tokens are still to be run."""
-        return self.cached >= len(self.request.prompt)
+        return self.cached >= self.request.prompt_tokens
 
     @property
     def shareable(self) -> int:
         """Tokens that others of the same prompt have too; not the last one of all, which must run for the next one's
         distribution."""
-        return min(len(self.request.prompt), self.num_tokens - 1)
+        return min(self.request.prompt_tokens, self.num_tokens - 1)
 
     @property
     def reusable(self) -> int:
@@ -148,10 +148,11 @@ class Sequence:
 
     def next_tokens(self, count: int) -> list[int]:
         """The first `count` tokens that are not cached."""
-        start = self.cached - len(self.request.prompt)
+        start = self.cached - self.request.prompt_tokens
         if start >= 0:
             return self.generated[start : start + count]
-        return self.request.prompt[self.cached : self.cached + count] + self.generated[: max(0, start + count)]
+        prompt: list[int] = self.request.operation.prompt[self.cached : self.cached + count].tolist()
+        return prompt + self.generated[: max(0, start + count)]
 
     def tokens(self, start: int, end: int) -> np.ndarray:
         """Ids [start, end) of prompt + generated, int32."""
