@@ -291,3 +291,49 @@ def test_any_answer_can_be_written():
 def test_times_are_iso_in_utc_and_metadata_is_text():
     assert iso(0) == "1970-01-01T00:00:00+00:00"
     assert text_metadata({"a": 1, "b": "x", "c": [1]}) == {"a": "1", "b": "x", "c": "[1]"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "longest", "unit"),
+    [
+        (wire.CreateSession, "tags", ["t" * 256] * 100, "t"),
+        (wire.CreateSession, "display_name", "n" * 1024, "n"),
+        (wire.CreateSession, "sdk_version", "n" * 1024, "n"),
+        (wire.CreateSession, "project_id", "n" * 1024, "n"),
+        (wire.AssignProject, "project_id", "n" * 1024, "n"),
+        (wire.CopyWeights, "destination_project_id", "n" * 1024, "n"),
+        (wire.FinishSession, "detail", "n" * 2**16, "n"),
+        *(
+            (kind, "user_metadata", {"it": "n" * (2**16 - len('{"it":""}'))}, "n")
+            for kind in (
+                wire.CreateSession,
+                wire.CreateModel,
+                wire.SaveWeights,
+                wire.SaveWeightsForSampler,
+                wire.LoadWeights,
+            )
+        ),
+    ],
+)
+def test_what_users_may_write_as_they_like_has_an_end(kind, field, longest, unit):
+    """And the refusal says where."""
+    needed = {
+        "reason": {"type": "success"},
+        "session_id": "s",
+        "model_seq_id": 0,
+        "base_model": "b",
+        "model_id": "m",
+        "path": "p",
+        "source_path": "p",
+    }
+    assert getattr(as_request(kind, needed | {field: longest}), field) == longest
+    match longest:
+        case str():
+            longer = [longest + unit]
+        case list():
+            longer = [[*longest, unit], [longest[0] + unit]]
+        case _:
+            longer = [{"it": longest["it"] + unit}]
+    for given in longer:
+        with pytest.raises(InvalidRequest, match=rf"{field}.*at most (100|256|1024|65536)"):
+            as_request(kind, needed | {field: given})

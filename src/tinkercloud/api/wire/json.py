@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
+from tinkercloud.api.wire.limits import Metadata, Name, Tags, Text, TextMetadata
+
 log = logging.getLogger(__name__)
 
 Seq = Annotated[int, Field(ge=0, lt=2**62)]
@@ -54,11 +56,11 @@ class ClientConfig(Wire):
 
 
 class CreateSession(Wire):
-    tags: list[str] = []
-    user_metadata: dict[str, Any] | None = None
-    sdk_version: str = ""
-    project_id: str | None = None
-    display_name: str | None = None
+    tags: Tags = []
+    user_metadata: Metadata | None = None
+    sdk_version: Name = ""
+    project_id: Name | None = None
+    display_name: Name | None = None
 
 
 class SessionHeartbeat(Wire):
@@ -71,11 +73,11 @@ class FinishReason(Wire):
 
 class FinishSession(Wire):
     reason: FinishReason
-    detail: str | None = None
+    detail: Text | None = None
 
 
 class AssignProject(Wire):
-    project_id: str = Field(min_length=1)
+    project_id: Name = Field(min_length=1)
 
 
 class SearchOwner(Wire):
@@ -126,7 +128,7 @@ class CreateModel(Wire):
     session_id: str
     model_seq_id: Seq
     base_model: str
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     lora_config: Lora | None = None
     optimizer_config: OptimizerConfig = OptimizerConfig()
 
@@ -275,7 +277,7 @@ class SaveWeights(Wire):
     seq_id: Seq | None = None
     ttl_seconds: int | None = None
     overwrite: bool = False
-    user_metadata: dict[str, str] | None = None
+    user_metadata: TextMetadata | None = None
 
 
 class SaveWeightsForSampler(Wire):
@@ -285,7 +287,7 @@ class SaveWeightsForSampler(Wire):
     kind: str = "snapshot"
     seq_id: Seq | None = None
     ttl_seconds: int | None = None
-    user_metadata: dict[str, str] | None = None
+    user_metadata: TextMetadata | None = None
 
 
 class SaveWeightsExternal(Wire):
@@ -302,7 +304,7 @@ class LoadWeights(Wire):
     session_id: str | None = None
     model_seq_id: Seq | None = None
     base_model: str | None = None
-    user_metadata: dict[str, Any] | None = None
+    user_metadata: Metadata | None = None
     path: str
     optimizer: bool = False
     optimizer_config: OptimizerConfig | None = None
@@ -316,7 +318,7 @@ class WeightsInfo(Wire):
 class CopyWeights(Wire):
     source_path: str
     ttl_seconds: int | None = None
-    destination_project_id: str | None = Field(default=None, min_length=1)
+    destination_project_id: Name | None = Field(default=None, min_length=1)
     session_id: str | None = None
     model_seq_id: Seq | None = None
     weights_access_token: str | None = None
