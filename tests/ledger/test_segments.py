@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.disks import durable
+from tinkercloud.ledger.files import make_private
 from tinkercloud.ledger.segments import Blob, Corrupt, SegmentWriter, read
 
 
@@ -67,3 +69,14 @@ def test_rewinding_gives_space_back_also_over_several_files(tmp_path: Path) -> N
     assert (next_one.segment, next_one.offset) == start
     assert (read(tmp_path, kept), read(tmp_path, next_one)) == (b"kept", b"next")
     writer.close()
+
+
+def test_a_power_cut_does_not_take_the_folder_of_what_was_acknowledged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = durable(monkeypatch)
+    make_private(tmp_path / "data")
+    SegmentWriter(tmp_path / "data" / "segments").close()
+    for name in ("data", "data/segments", "data/segments/00000001.seg"):
+        place = tmp_path / name
+        assert place.exists() and place.name in kept[str(place.parent)]

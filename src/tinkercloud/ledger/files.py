@@ -24,7 +24,9 @@ def make_private(folder: Path) -> None:
     """Make a data directory that is not there: what users train on lies in it, and is for the server's account only.
     One that is there keeps its mode."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    if not folder.exists():
+        folder.mkdir(mode=0o700, exist_ok=True)
+        sync(folder.parent)
 
 
 def link_files(source: Path, target: Path, top: Path) -> None:

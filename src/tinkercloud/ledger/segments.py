@@ -13,6 +13,8 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from tinkercloud.ledger.files import sync
+
 SEGMENT_BYTES = 64 * 2**20
 """A segment file that has reached this size is followed by a new one."""
 
@@ -63,6 +65,7 @@ class SegmentWriter:
 
     def __init__(self, folder: Path, segment_bytes: int = SEGMENT_BYTES, sync_to_disk: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        sync(folder.parent)  # always: who made it may have been killed
         self.folder = folder
         self._segment_bytes = segment_bytes
         self._sync_to_disk = sync_to_disk
@@ -81,11 +84,7 @@ class SegmentWriter:
         self.segment = segment
         self.end = os.fstat(opened).st_size
         if is_new:
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync(self.folder)
 
     def append(self, data: bytes) -> Blob:
         """Write a blob; it is on disk after the next `sync`. Raises OSError, such as when the disk is full."""
