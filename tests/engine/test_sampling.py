@@ -90,6 +90,19 @@ def test_a_huge_temperature_is_uniform_over_what_is_possible():
     assert set(ids[0].tolist()) == set(range(len(LOGITS)))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1e7, 1e30, 1e300])
+def test_at_any_temperature_filters_leave_the_likeliest(temperature):
+    """Whose probabilities round to one number, but whose logits are not equal."""
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(7))
+    order = logits.sort(descending=True).indices
+    for count, row in ((7, {"top_k": 7}), (6, {"top_k": 12, "top_p": 0.49}), (120, {"top_p": 0.3999})):
+        if temperature == 1 and "top_p" in row:
+            continue
+        params = [SamplingParams(1, 0, temperature=temperature, **row)] * 2000
+        drawn = draw(logits.repeat(2000, 1), params, np.linspace(0, 1, 2000, endpoint=False).tolist())
+        assert set(drawn.tokens.tolist()) == set(order[:count].tolist())
+
+
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 @pytest.mark.parametrize("params", MIXTURE)
 def test_the_ends_of_the_interval_give_possible_tokens(uniform, params):

@@ -88,7 +88,7 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[fl
         index for index, row in enumerate(params) if row.temperature != 0 and (0 < row.top_k < vocab or row.top_p < 1)
     ]
     if filtered:
-        weights = _filtered(logits[filtered].exp_(), [params[index] for index in filtered])
+        weights = _filtered(logits[filtered], [params[index] for index in filtered])
         tokens[filtered] = _invert(weights, _block_sums(weights), [uniforms[index] for index in filtered])
     logprobs = logits.gather(-1, tokens[:, None]).double().sub_(normalizers)[:, 0].float()
     return Draw(tokens, logprobs, logits, normalizers)
@@ -124,28 +124,31 @@ def _drawn(logits: Tensor, temperatures: Tensor, uniforms: Sequence[float]) -> t
     return tokens, sums.sum(-1, keepdim=True).log_()
 
 
-def _filtered(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+def _filtered(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Probabilities [n, V], up to a factor of each row, without what top-k, then top-p of what is left, rule out.
-    Of equally likely ids the lowest stay."""
-    vocab, device = weights.shape[-1], weights.device
+    Of equally likely ids the lowest stay. `logits` are a draw's own; they are overwritten."""
+    vocab, device = logits.shape[-1], logits.device
     top_k = [min(row.top_k, vocab) if row.top_k > 0 else vocab for row in params]
     top_p = torch.tensor([row.top_p for row in params], dtype=torch.float64, device=device)[:, None]
-    # Of the weights in order only the values are used: the order of equal ones would depend on the other rows' top-k.
+    # Logits are ranked and not their exponentials, which are the same number at a great temperature. Of the order only
+    # the values are used: that of equal ones would depend on the other rows' top-k.
     if max(top_k) < vocab:
-        in_order = weights.topk(max(top_k) + 1, dim=-1).values
+        in_order = logits.topk(max(top_k) + 1, dim=-1).values
     else:
-        in_order = weights.sort(dim=-1, descending=True).values
+        in_order = logits.sort(dim=-1, descending=True).values
     width = in_order.shape[-1]
-    values = in_order * (torch.arange(width, device=device) < torch.tensor(top_k, device=device)[:, None])
+    is_out = torch.arange(width, device=device) >= torch.tensor(top_k, device=device)[:, None]
+    values = in_order.exp().masked_fill_(is_out, 0)
     cumulative = values.cumsum(-1, dtype=torch.float64)
+    filled = top_p * cumulative[:, -1:]
     # A token is in the nucleus if those before it do not yet fill it; the most likely one always is.
-    count = ((cumulative - values) < top_p * cumulative[:, -1:]).sum(-1, keepdim=True).clamp_(min=1)
+    count = (cumulative.sub_(values) < filled).sum(-1, keepdim=True).clamp_(min=1)
     least = in_order.gather(-1, count - 1)
-    kept = weights >= least
+    kept = logits >= least
     is_equal = (in_order.gather(-1, count.clamp(max=width - 1)) == least) & (count < width)
     if rows := is_equal[:, 0].nonzero()[:, 0].tolist():
-        kept[rows] = _largest(weights[rows], least[rows], count[rows])
-    return weights.masked_fill(~kept, 0)
+        kept[rows] = _largest(logits[rows], least[rows], count[rows])
+    return logits.exp_().masked_fill_(~kept, 0)
 
 
 def _largest(numbers: Tensor, least: Tensor, count: Tensor) -> Tensor:
