@@ -250,6 +250,7 @@ def test_each_field_of_the_sdks_request_reaches_the_engine_and_changes_what_it_s
 def test_stops():
     assert sample(stop=[]).params.stop_tokens == () == sample(stop=[]).params.stop_strings
     assert sample(stop="x").params.stop_strings == ("x",)
+    assert sample(stop="é" * 512).params.stop_strings == ("é" * 512,)
     assert sample(stop=["x", "y"]).params.stop_strings == ("x", "y")
     assert sample(stop=["x", "y"]).params.stop_tokens == ()
     assert sample(stop=[5, 6]).params.stop_tokens == (5, 6)
@@ -286,6 +287,7 @@ def test_values_at_their_edges():
         ({"stop": ["a", 1]}, "stop mixes texts and token ids"),
         ({"stop": [100]}, "stop: token id 100 is outside"),
         ({"stop": [2**70]}, "stop: "),
+        ({"stop": "é" * 513}, "stop has a text of 1026 bytes in UTF-8; at most 1024"),
         ({"stop": ["x"] * 65}, "stop has 65 entries"),
         ({"prompt_alt_tokens_k": -1}, "prompt_alt_tokens_k must be 0 to 256, not -1"),
         ({"prompt_alt_tokens_k": 257}, "prompt_alt_tokens_k must be 0 to 256"),

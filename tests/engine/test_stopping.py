@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tinkercloud.engine.operations import OperationError, SamplingParams
-from tinkercloud.engine.torch.stopping import StopCondition, Tokenizer
+from tinkercloud.engine.torch.stopping import END_BYTES, WINDOW_MARGIN, StopCondition, Tokenizer
 
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("E", "N"), ("Ġ", "w")]
 
@@ -93,8 +93,26 @@ def test_special_tokens_are_text(folder, tokenizer):
 
 def test_ids_past_the_tokenizer_are_no_text(folder, tokenizer):
     """Models pad their vocabulary: such an id can be drawn."""
-    tokens = [*tokenizer.encode("EN", add_special_tokens=False), len(tokenizer) + 100]
-    assert stop_after(folder, [*tokens, *tokenizer.encode("D!", add_special_tokens=False)], "END") == len(tokens) + 1
+    for padding in (1, 200):  # however many
+        tokens = [*tokenizer.encode("EN", add_special_tokens=False), *[len(tokenizer) + 100] * padding]
+        assert (
+            stop_after(folder, [*tokens, *tokenizer.encode("D!", add_special_tokens=False)], "END") == len(tokens) + 1
+        )
+
+
+@settings(max_examples=20)
+@given(
+    st.text(st.characters(codec="utf-8"), max_size=40),
+    st.text(st.characters(codec="utf-8"), min_size=12, max_size=20),
+)
+def test_a_long_stop_string_ends_where_it_is_complete(folder, tokenizer, before, stop):
+    if "\ufffd" in before + stop:
+        return
+    stop *= 3
+    tokens = tokenizer.encode(before + stop + "!", add_special_tokens=False)
+    whole = next(n for n in range(1, len(tokens) + 1) if stop in tokenizer.decode(tokens[:n]))
+    assert stop_after(folder, tokens, stop, "x" * 1024) == whole
+    assert stop_after(folder, tokens[: whole - 1], stop, "x" * 1024) is None
 
 
 @given(text=st.text(st.characters(codec="utf-8"), max_size=60), start=st.integers(0, 59), length=st.integers(1, 12))
@@ -109,17 +127,23 @@ def test_same_as_searching_the_whole_text(folder, tokenizer, text, start, length
 
 
 def test_work_per_token_does_not_grow():
-    """Only a window as long as the stop string is decoded."""
+    """Only a window as long as the stop string is decoded, of a long one only where its end is there."""
     seen: list[int] = []
 
     def decode(tokens):
         seen.append(len(tokens))
-        return ""
+        return "é" * len(tokens)
 
-    condition = StopCondition([], ["stop", "é"], decode)
-    for n in range(1, 200):
-        condition.reached([0] * n)
-    assert max(seen) == 8
+    def most(*strings: str) -> int:
+        seen.clear()
+        condition = StopCondition([], strings, decode, num_texts=1)
+        for n in range(1, 200):
+            condition.reached([0] * n)
+        return max(seen)
+
+    assert most("stop", "é") == 8
+    assert most("stop" * 100) == END_BYTES + WINDOW_MARGIN
+    assert most("stop" * 35 + "é" * 16) == 140 + 32 + WINDOW_MARGIN
 
 
 def test_a_folder_without_a_tokenizer_says_what_to_do(tmp_path):

@@ -42,6 +42,8 @@ MAX_ANSWER_BYTES = 2**28
 """Most that the arrays of one answer may take: whoever passes it on holds it whole, more than once."""
 MAX_STOPS = 64
 """Most stop sequences in one request."""
+MAX_STOP_BYTES = 1024
+"""Most of one stop text, in UTF-8: what has been drawn is searched for it at each token."""
 SEEDS = 2**63 - 1
 """Seeds are folded to [0, 2^63 - 1)."""
 
@@ -276,6 +278,9 @@ def _stops(stop: str | list[str | int] | None, info: BaseModelInfo) -> tuple[tup
         raise InvalidRequest("stop mixes texts and token ids; send one kind")
     if "" in strings:
         raise InvalidRequest("stop has an empty text, which would stop everything; leave it out")
+    longest = max((len(text.encode()) for text in strings), default=0)
+    if longest > MAX_STOP_BYTES:
+        raise InvalidRequest(f"stop has a text of {longest} bytes in UTF-8; at most {MAX_STOP_BYTES} are served")
     _check_vocabulary(integers(list(tokens), np.int64, "stop"), info, "stop")
     return strings, tokens
 
