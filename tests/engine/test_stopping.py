@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from tinkercloud.engine.operations import OperationError, SamplingParams
 from tinkercloud.engine.torch.stopping import END_BYTES, WINDOW_MARGIN, StopCondition, Tokenizer
 
+PIECES = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", "▁foo"]
+
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("E", "N"), ("Ġ", "w")]
 
 
@@ -71,19 +73,36 @@ def test_a_multi_byte_character_counts_when_its_last_byte_is_there(folder, token
     assert stop_after(folder, tokens, character) == expected
 
 
-def test_a_space_that_a_text_begins_with_counts(tmp_path):
-    """Of a tokenizer as Llama 2's, which drops it when it decodes."""
-    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", "▁foo"]
-    model = models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
+def bytes_of(text: str) -> list[int]:
+    """As tokens of `fallback`."""
+    return [1 + byte for byte in text.encode()]
+
+
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory):
+    """A tokenizer as Llama 2's: bytes for what it has no piece for, and when it decodes, no space at the beginning."""
+    model = models.BPE(vocab={piece: index for index, piece in enumerate(PIECES)}, merges=[], byte_fallback=True)
     fast = FastTokenizer(model)
     fast.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    PreTrainedTokenizerFast(tokenizer_object=fast).save_pretrained(tmp_path)
-    foo, b, bytes_of = pieces.index("▁foo"), pieces.index("b"), [1 + byte for byte in " é".encode()]
-    assert [stop_after(tmp_path, tokens, " foo") for tokens in ([foo], [b, foo], [b])] == [1, 2, None]
-    assert stop_after(tmp_path, [b, foo], "foo") == stop_after(tmp_path, [b, foo], "b f") == 2
-    assert stop_after(tmp_path, bytes_of, " é") == 3
+    path = tmp_path_factory.mktemp("fallback")
+    PreTrainedTokenizerFast(tokenizer_object=fast).save_pretrained(path)
+    return path
+
+
+def test_a_space_that_a_text_begins_with_counts(fallback):
+    foo, b = PIECES.index("▁foo"), PIECES.index("b")
+    assert [stop_after(fallback, tokens, " foo") for tokens in ([foo], [b, foo], [b])] == [1, 2, None]
+    assert stop_after(fallback, [b, foo], "foo") == stop_after(fallback, [b, foo], "b f") == 2
+    assert stop_after(fallback, bytes_of(" é"), " é") == 3
+
+
+@pytest.mark.parametrize("before", ["", "日", "日本語", "é🎉→x日", "日本語のとても長い文章をここに書く"])
+@pytest.mark.parametrize("stop", ["停", "é→", "とても長い終わりの言葉をここに書いておく。"])
+def test_a_stop_string_in_a_run_of_bytes_counts(fallback, before, stop):
+    """Cut within a character, all of the run is no text to such a tokenizer."""
+    assert stop_after(fallback, bytes_of(before + stop), stop) == len((before + stop).encode())
 
 
 def test_special_tokens_are_text(folder, tokenizer):

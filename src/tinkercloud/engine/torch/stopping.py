@@ -53,12 +53,17 @@ class StopCondition:
             return False
         if self._window > END_BYTES + WINDOW_MARGIN:
             text = self._decode(self._last_texts(generated, END_BYTES + WINDOW_MARGIN))
-            # Some decoders take a whole run of bytes for incomplete if it is cut; others, a character at each edge.
+            # Of a run of bytes that is cut some decoders make no text at all; others, none of a character at its edge.
             between = text[WINDOW_MARGIN:-WINDOW_MARGIN]
             if _INCOMPLETE not in between and not any(end in text for end in self._ends):
                 return False
-        text = self._decode(self._last_texts(generated, self._window))
-        return any(string in text for string in self._strings)
+        for cut in range(WINDOW_MARGIN):  # one of these begins with a whole character
+            text = self._decode(self._last_texts(generated, self._window - cut))
+            if any(string in text for string in self._strings):
+                return True
+            if _INCOMPLETE not in text:
+                return False
+        return False
 
     def _last_texts(self, generated: Sequence[int], count: int) -> Sequence[int]:
         """The last `count` tokens that are text."""
