@@ -24,7 +24,7 @@ def make_private(folder: Path) -> None:
     """Make a data directory that is not there: what users train on lies in it, and is for the server's account only.
     One that is there keeps its mode."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if not folder.exists():
+    if not folder.is_dir():
         folder.mkdir(mode=0o700, exist_ok=True)
         sync(folder.parent)
 
