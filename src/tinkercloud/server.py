@@ -11,7 +11,7 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 # The SDK's package imports torch when it finds it: 3 s and hundreds of MB that this process has no use for.
 sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
@@ -60,6 +60,9 @@ def run(
 
 class _Server(uvicorn.Server):
     """Leaves signals to the control process: uvicorn would end the process before the engines are stopped."""
+
+    failures: Sequence[str] = ()
+    """Why it has ended by itself: a sentence for each base model that it was to serve and cannot."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -134,10 +137,9 @@ async def _serve(
         await asyncio.gather(*background, return_exceptions=True)
         for connection in list(server.server_state.connections):
             connection.transport.abort()  # what is still read or answered ends as if its client had gone
-        failed = service.models.failures()
         await service.stop()
-    if failed:
-        raise StartError("; ".join(failed))
+    if server.failures:
+        raise StartError("; ".join(server.failures))
 
 
 def _check_certificate(settings: Settings) -> None:
@@ -179,11 +181,12 @@ def _running(listener: socket.socket, settings: Settings) -> running.Running:
     return running.Running(_url_for(loopback, listener, settings), certificate, os.getpid())
 
 
-async def _announce_ready(service: Service, server: uvicorn.Server, on_ready: Callable[[list[str]], None]) -> None:
+async def _announce_ready(service: Service, server: _Server, on_ready: Callable[[list[str]], None]) -> None:
     """Tell when all preloaded models are there; end the server when one of them never will be."""
     with contextlib.suppress(asyncio.CancelledError):
         await service.models.settled()
-        if service.models.failures():
-            server.should_exit = True
+        if failures := service.models.failures():
+            server.failures, server.should_exit = failures, True
+            service.release()  # as for a stop: who waits asks again, and perhaps a server that can load it
         elif not server.should_exit:
             on_ready([served.engine.name for served in service.models if served.engine.state == "ready"])

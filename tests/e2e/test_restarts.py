@@ -1,6 +1,7 @@
 """The server may die under a training script; the script must not notice."""
 
 import re
+import shutil
 import threading
 
 import httpx
@@ -11,6 +12,7 @@ from tinker import types
 from tests.base_weights import other_weights
 from tests.e2e.test_first_steps import datum
 from tests.serving import Server
+from tinkercloud.nano import FOLDER
 
 BATCH = [datum([10, 11, 12, 13, 14]), datum([30, 31, 32])]
 PROMPT = types.ModelInput.from_ints([10, 11])
@@ -47,15 +49,30 @@ def params(max_tokens: int, seed: int) -> types.SamplingParams:
 
 
 def test_a_script_outlives_its_server_on_postgresql(tmp_path, server, postgresql):
+    """And a start that fails in between, because the model's disk is not mounted."""
     undisturbed = train(server.url)
-    with Server(tmp_path / "data", "--set", f"database_url={postgresql.database()}") as disturbed:
+    folder, away = tmp_path / "model", tmp_path / "away.safetensors"
+    shutil.copytree(FOLDER, folder)
+    weights = folder / "model.safetensors"
+    options = ("--model", f"tinkercloud/nano={folder}", "--set", f"database_url={postgresql.database()}")
+    ended = []
+    with Server(tmp_path / "data", *options) as disturbed:
+
+        def fail_and_start():
+            weights.rename(away)
+            disturbed.start(wait=False)
+            ended.append(disturbed.process.wait(timeout=60))
+            away.rename(weights)
+            disturbed.start()
 
         def interrupt(step):
             if step in INTERRUPTED:
                 disturbed.stop() if step == INTERRUPTED[0] else disturbed.kill()
-                threading.Thread(target=disturbed.start).start()
+                start = disturbed.start if step == INTERRUPTED[0] else fail_and_start
+                threading.Thread(target=start).start()
 
         assert train(disturbed.url, interrupt) == undisturbed
+        assert ended == [2] and "Traceback" not in disturbed.log.read_text()
 
 
 def test_engines_do_not_outlive_a_killed_server(tmp_path):

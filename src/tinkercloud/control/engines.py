@@ -117,12 +117,14 @@ class KeptEngine:
 
     async def loaded(self, now: bool = False) -> BaseModelInfo:
         """What is known of the model, loading it if that is not yet known, or if it is not loaded `now`. InvalidRequest
-        if it cannot load: who asks for it should not come again for the same answer. Unavailable if it is released
-        meanwhile."""
+        if a lazy one cannot load: who asks for it should not come again for the same answer. Unavailable if it is
+        released meanwhile, or will be, since a server does not go on without one that is not lazy."""
         if self.info is None or now:
             try:
                 await self.running()
             except Unavailable as error:
+                if not self.lazy:
+                    raise
                 raise InvalidRequest(str(error)) from None
             except asyncio.CancelledError:
                 if not self.released:
