@@ -9,6 +9,9 @@ from tinkercloud.engine.base_model import BaseModelInfo
 from tinkercloud.engine.fingerprint import same_weights
 from tinkercloud.ledger.records import CheckpointRecord, ModelRecord, SamplerRecord
 
+DIGITS = 12
+"""Of a fingerprint, that are shown."""
+
 MadeOnBase = ModelRecord | SamplerRecord | CheckpointRecord
 
 
@@ -22,17 +25,15 @@ def other_weights(made: MadeOnBase, info: BaseModelInfo, former_folder: str | No
     """What to tell the owner of something that does not fit. `former_folder`: where its weights lay, if known."""
     name = made.base_model
     lay = f" (they lay in {former_folder})" if former_folder else ""
+    # Of an earlier version's fingerprint there is only the last part (see `fingerprint.fingerprint_of`).
+    compared = min(len(made.base_fingerprint), len(info.fingerprint))
+    was, now = (one[-compared:][:DIGITS] for one in (made.base_fingerprint, info.fingerprint))
     return (
-        f"{_called(made)} was made on {name} with weights {_short(made.base_fingerprint)}{lay}, and {name} now stands "
-        f"for other weights, {_short(info.fingerprint)} (in {info.folder}), on which its numbers would be others. It "
+        f"{_called(made)} was made on {name} with weights {was}{lay}, and {name} now stands for other weights, {now} "
+        f"(in {info.folder}), on which its numbers would be others. It "
         f"is kept as it is: whoever runs the server can serve the former weights as {name} again, and these under "
         "another name; or go on with what is served now in a new training run"
     )
-
-
-def _short(fingerprint: str) -> str:
-    """Its last digits: an earlier version's fingerprint is the last part of one (see `fingerprint.fingerprint_of`)."""
-    return fingerprint[-12:]
 
 
 def _called(made: MadeOnBase) -> str:
