@@ -50,6 +50,15 @@ def test_doctor_says_of_a_host_that_is_not_here_that_it_is_the_host(tmp_path):
     assert mend == "give another --host, an address of this machine"
 
 
+def test_doctor_says_what_a_server_that_others_can_reach_lacks(tmp_path):
+    options = ("--host", "0.0.0.0", "--port", "0", "--data-dir", str(tmp_path))
+    done = in_process("doctor", *options, "--set", f"tls_cert={tmp_path}/a", "--set", f"tls_key={tmp_path}/b")
+    assert re.search(r"✗ keys 0\.0\.0\.0 can be reached .*\n  → make one first", done.stdout)
+    assert re.search(r"✗ certificate .* are no certificate and its key that can be read", done.stdout)
+    in_process("keys", "create", "alice", "--data-dir", str(tmp_path))
+    assert "keys" not in in_process("doctor", *options).stdout
+
+
 def test_doctor_goes_on_after_models_that_are_wrong(tmp_path):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_text("{}")

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import socket
-import ssl
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -30,6 +29,7 @@ from tinkercloud.control.service import NoKeys, Service
 from tinkercloud.event_loop import new_event_loop
 from tinkercloud.ledger.database import DatabaseInUse, UnusableDatabase, WrongVersion
 from tinkercloud.ledger.lock import DataDirInUse
+from tinkercloud.tls import unusable_certificate
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,8 @@ async def _serve(
     on_stopping: Callable[[Unfinished], None],
 ) -> None:
     listener = _bind(settings)
-    _check_certificate(settings)
+    if why := unusable_certificate(settings):
+        raise StartError(why)
     try:
         tokens.secret(settings.data_dir)  # from the start, since commands on this machine sign with it
         service = await Service.start(settings, on_progress)
@@ -140,19 +141,6 @@ async def _serve(
         await service.stop()
     if server.failures:
         raise StartError("; ".join(server.failures))
-
-
-def _check_certificate(settings: Settings) -> None:
-    """StartError if the server's certificate and key cannot be used."""
-    if settings.tls_cert is None:
-        return
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key, password="")
-    except OSError as error:  # ssl's errors are some
-        raise StartError(
-            f"{settings.tls_cert} and {settings.tls_key} are no certificate and its key that can be read "
-            f"({error.strerror or error}); both are PEM files, the key without a password"
-        ) from None
 
 
 def _bind(settings: Settings) -> socket.socket:

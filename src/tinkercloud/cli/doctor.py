@@ -18,7 +18,7 @@ import typer
 from msgspec import structs
 from rich.markup import escape
 
-from tinkercloud.addresses import server_url
+from tinkercloud.addresses import is_loopback, server_url
 from tinkercloud.base_models import NO_TOKENIZER, ModelError, has_tokenizer
 from tinkercloud.cli import options
 from tinkercloud.cli.console import out
@@ -27,6 +27,7 @@ from tinkercloud.config import Settings, unknown_variables
 from tinkercloud.control.engine_state import SOUND_STATES
 from tinkercloud.model_settings import ModelSettings, read_model
 from tinkercloud.setting_errors import ConfigError
+from tinkercloud.tls import unusable_certificate
 from tinkercloud.units import MIB
 
 MIN_PYTHON = (3, 11)
@@ -90,7 +91,7 @@ def doctor(
     except ConfigError as error:
         checks.append(Check("settings", False, str(error), "correct it; docs/configuration.md has every setting"))
     else:
-        checks += [*machine(settings), *storage(settings), *models(settings)]
+        checks += [*machine(settings), *access(settings), *storage(settings), *models(settings)]
     for check in checks:
         mark = "[bold red]✗[/]" if not check.ok else "[yellow]![/]" if check.warns else "[green]✓[/]"
         out.print(f"{mark} [bold]{check.name}[/] {escape(check.found)}", soft_wrap=True)
@@ -270,6 +271,40 @@ def storage(settings: Settings) -> Iterator[Check]:
         found += f"; {user} is at work on it"
         mend = "stop that one before another is started on it, or give this one a --data-dir of its own"
     yield Check("data folder", free >= MIN_DISK_BYTES, found, mend, warns=user is not None)
+
+
+def access(settings: Settings) -> Iterator[Check]:
+    """Who can reach the server, and how."""
+    if settings.tls_cert is not None:
+        why = unusable_certificate(settings)
+        yield Check("certificate", why is None, why or str(settings.tls_cert), "correct tls_cert and tls_key")
+    if is_loopback(settings.host) or _has_keys(settings):
+        return
+    yield Check(
+        "keys",
+        False,
+        f"{settings.host} can be reached from other machines, and there are no keys to tell users apart",
+        "make one first (`tinkercloud keys create NAME`), or listen on 127.0.0.1",
+    )
+
+
+def _has_keys(settings: Settings) -> bool:
+    """Whether there ever was a key; also if its database cannot be asked, which is another check's to say."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from tinkercloud.ledger import database, keys
+
+    if settings.database_url is None and not (settings.data_dir / database.DATABASE_FILE).is_file():
+        return False
+    try:
+        engine = database.connect(database.address_in(settings.data_dir, settings.database_url), 1)
+        try:
+            with engine.connect() as connection:
+                return bool(keys.find_all(connection))
+        finally:
+            engine.dispose()
+    except (SQLAlchemyError, database.UnusableDatabase):
+        return True
 
 
 def _nearest(folder: Path) -> Path:
