@@ -162,7 +162,7 @@ def test_opening_a_current_ledger_does_not_load_alembic(tmp_path: Path) -> None:
 @pytest.mark.anyio
 async def test_a_data_directory_has_one_server(tmp_path: Path) -> None:
     first = await Ledger.open(tmp_path)
-    with pytest.raises(DataDirInUse, match=r"in use by another server \(process \d+\)"):
+    with pytest.raises(DataDirInUse, match=r"in use by a server \(process \d+\)"):
         await Ledger.open(tmp_path)
     await first.close()
     lock = DataDirLock(tmp_path)

@@ -100,7 +100,7 @@ async def test_who_only_looks_keeps_no_server_from_starting(tmp_path: Path) -> N
     lock = DataDirLock(tmp_path)
     assert holder(tmp_path) == (str(os.getpid()), "serve")
     begun = time.monotonic()
-    with pytest.raises(DataDirInUse, match=rf"by another server \(process {os.getpid()}\): stop"):
+    with pytest.raises(DataDirInUse, match=rf"by a server \(process {os.getpid()}\): stop"):
         DataDirLock(tmp_path)
     assert time.monotonic() - begun < 0.5, "a server is not waited for"
     lock.release()

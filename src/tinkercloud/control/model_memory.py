@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Struct
 
 from tinkercloud.engine.base_model import BaseModelInfo
+from tinkercloud.ledger.files import sync
 from tinkercloud.model_settings import ModelSettings
 
 log = logging.getLogger(__name__)
@@ -113,8 +114,4 @@ def _replace(file: Path, content: bytes) -> None:
         opened.flush()
         os.fsync(opened.fileno())
     os.replace(draft, file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(file.parent)

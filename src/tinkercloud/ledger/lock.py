@@ -35,11 +35,9 @@ class DataDirInUse(Exception):
     """Another process, the `holder`, works in the data directory."""
 
     def __init__(self, data_dir: Path, holder: Holder) -> None:
-        serves = holder.command == SERVER
+        mend = "stop that one" if holder.command == SERVER else "wait until that has ended"
         super().__init__(
-            f"{data_dir} is in use by {str(holder).replace('a server', 'another server')}: "
-            f"{'stop that one' if serves else 'wait until that has ended'}, or give this one a data directory of its "
-            "own (--data-dir)"
+            f"{data_dir} is in use by {holder}: {mend}, or give this one a data directory of its own (--data-dir)"
         )
         self.data_dir, self.holder = data_dir, holder
 
