@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -237,6 +238,15 @@ def test_a_sample_of_a_path_is_of_the_weights_that_it_names_now(run, sampler):
     assert logprobs(model_path=path) not in (first, base)
 
 
+@pytest.mark.parametrize(
+    ("python", "may"),
+    [("3.11.7", False), ("3.13.0rc1", False), ("3.14.0", True), ("3.15", True), ("4.0.1", True), ("unknown", False)],
+)
+def test_pyqwest_is_for_pythons_that_end_without_a_crash_after_it(shared_run, python, may):
+    headers = {"x-stainless-runtime-version": python}
+    assert shared_run.http.post("client/config", json={}, headers=headers).json()["use_pyqwest_transport"] is may
+
+
 def test_completions_come_in_order_after_a_cursor(run, sampler):
     target = {"type": "sampling_session", "sampling_session_id": sampler, "cloned_sampler_id": 0}
     empty = run.post("retrieve_futures", target=target, prev_cursor=0, timeout=0)
@@ -253,6 +263,22 @@ def test_completions_come_in_order_after_a_cursor(run, sampler):
         cursor = page.cursor
     assert sorted(seen) == sorted(futures)
     assert run.post("retrieve_futures", target=target, prev_cursor=cursor, timeout=0)["completions"] == []
+
+
+def test_a_poll_that_waits_for_nothing_is_kept_while_the_newest_result_is_fetched(run, sampler):
+    """Until the next sample has ended."""
+    target = {"type": "sampling_session", "sampling_session_id": sampler, "cloned_sampler_id": 0}
+    first = asample(run, sampling_session_id=sampler, seq_id=0)["request_id"]
+    cursor = run.post("retrieve_futures", target=target)["cursor"]
+    with ThreadPoolExecutor() as pool:
+        kept = pool.submit(run.post, "retrieve_futures", target=target, prev_cursor=cursor, timeout=0)
+        second = asample(run, sampling_session_id=sampler, seq_id=1)["request_id"]
+        assert [ended["request_id"] for ended in kept.result()["completions"]] == [second]
+    cursor = run.post("retrieve_futures", target=target, prev_cursor=cursor)["cursor"]
+    nothing_yet = run.post(
+        "retrieve_futures", target=target, prev_cursor=cursor, timeout=0, retrieved_request_ids=[first, second]
+    )
+    assert nothing_yet == {"completions": [], "cursor": cursor}
 
 
 def test_clients_that_join_get_numbers_of_their_own(run, sampler):

@@ -1,6 +1,7 @@
 """How clients wait: polls are held, signs of life are answered meanwhile, results are there as often as asked."""
 
 import re
+import sys
 import time
 
 import httpx
@@ -122,6 +123,10 @@ PARAMS = types.SamplingParams(max_tokens=8, stop=[])
 PROMPT = types.ModelInput.from_ints([1, 2, 3])
 
 
+def test_the_sdk_tells_its_python_and_takes_the_library_that_this_one_can_end_with(run):
+    assert run.service.holder.get_client_config().use_pyqwest_transport is (sys.version_info >= (3, 14))
+
+
 def test_one_held_poll_waits_for_all_samples_of_a_client(server, run):
     """Then the client is silent: it has acknowledged everything."""
     polls_before, fetched, together = polls(server), counted(server, "retrieve_future 200"), "retrieve_futures 200"
@@ -143,6 +148,15 @@ def test_one_held_poll_waits_for_all_samples_of_a_client(server, run):
     assert 1 <= asked <= 60
     time.sleep(3 * POLL_SECONDS)
     assert counted(server, together) - before == asked
+
+
+def test_samples_one_after_the_other_take_a_poll_each(server, run):
+    """The SDK asks again as soon as it has heard of one, before it fetches it. That poll tells it of the next."""
+    sampler = run.service.create_sampling_client(base_model=NANO).result(PATIENCE)
+    before = counted(server, "retrieve_futures 200")
+    for _ in range(10):
+        sampler.sample(PROMPT, 1, PARAMS).result(PATIENCE)
+    assert counted(server, "retrieve_futures 200") - before < 15
 
 
 def test_clients_that_join_a_sampler_get_their_own_results(server, run):

@@ -82,6 +82,13 @@ class Futures:
                     return ended
                 await within(arrived, deadline - time.monotonic())
 
+    async def completed_at(self, sampler: SamplerRecord, client: int, completion: int) -> Entry | None:
+        """The sample of this client that a cursor stands at; None at the beginning, 0, or if it is another client's."""
+        if completion == 0:
+            return None
+        ended = await self._ledger.completions(sampler.sampler_id, client, completion - 1)
+        return ended[0] if ended and ended[0].completion == completion else None
+
     async def _owned_entry(self, request_id: str, owner: str) -> Entry:
         entry = await self._ledger.entry(request_id)
         stream = entry and await self._stream(entry)
