@@ -240,7 +240,15 @@ def test_a_sample_of_a_path_is_of_the_weights_that_it_names_now(run, sampler):
 
 @pytest.mark.parametrize(
     ("python", "may"),
-    [("3.11.7", False), ("3.13.0rc1", False), ("3.14.0", True), ("3.15", True), ("4.0.1", True), ("unknown", False)],
+    [
+        ("3.11.7", False),
+        ("3.13.0rc1", False),
+        ("3.14.0", True),
+        ("3.15", True),
+        ("4.0.1", True),
+        ("unknown", False),
+        ("9" * 5000 + ".0", False),
+    ],
 )
 def test_pyqwest_is_for_pythons_that_end_without_a_crash_after_it(shared_run, python, may):
     headers = {"x-stainless-runtime-version": python}

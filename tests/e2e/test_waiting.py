@@ -1,14 +1,13 @@
 """How clients wait: polls are held, signs of life are answered meanwhile, results are there as often as asked."""
 
 import re
-import sys
 import time
 
 import httpx
 import numpy as np
 import pytest
 import tinker
-from tinker import types
+from tinker import _base_client, types
 from tinker.proto.response_conv import deserialize_proto_response
 
 from tests.e2e.by_hand import NANO, PATIENCE, Run, datum
@@ -123,8 +122,15 @@ PARAMS = types.SamplingParams(max_tokens=8, stop=[])
 PROMPT = types.ModelInput.from_ints([1, 2, 3])
 
 
-def test_the_sdk_tells_its_python_and_takes_the_library_that_this_one_can_end_with(run):
-    assert run.service.holder.get_client_config().use_pyqwest_transport is (sys.version_info >= (3, 14))
+@pytest.mark.parametrize(("python", "may"), [("3.13.2", False), ("3.14.0", True)])
+def test_the_sdk_tells_its_python_and_takes_the_library_that_this_one_can_end_with(server, monkeypatch, python, may):
+    monkeypatch.setattr(_base_client, "get_python_version", lambda: python)
+    _base_client.platform_headers.cache_clear()
+    made = Run(server.url)
+    _base_client.platform_headers.cache_clear()
+    assert made.service.holder.get_client_config().use_pyqwest_transport is may
+    made.trains_on()
+    made.close()
 
 
 def test_one_held_poll_waits_for_all_samples_of_a_client(server, run):

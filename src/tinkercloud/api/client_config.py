@@ -42,14 +42,15 @@ def lets_pyqwest_exit(python: str) -> bool:
     with SIGABRT: the program has done everything, but loses what it has not flushed, and its exit status is 134. That
     happened to 8 of 100 short programs on busy cores, to 1 of 100 on idle ones. From 3.14 on such a thread just waits.
     """
-    version = re.match(r"(\d+)\.(\d+)", python)
+    version = re.match(r"(\d{1,4})\.(\d{1,4})", python)
     return version is not None and (int(version[1]), int(version[2])) >= (3, 14)
 
 
 @router.post("/client/config", openapi_extra=body_of(wire.ClientConfig))
 async def client_config(request: Request, service: ServiceOf) -> dict[str, Any]:
-    """Flags that an SDK reads when it starts; the same for every version, since each ignores what it does not know.
-    With keys, SDKs exchange theirs for tokens."""
+    """Flags that an SDK reads when it starts; the same for each of its versions, which ignore what they do not know.
+    `use_pyqwest_transport` goes by the client's Python (`X-Stainless-Runtime-Version`). With keys, SDKs exchange
+    theirs for tokens."""
     await read(request, wire.ClientConfig)
     return FLAGS | {
         "use_pyqwest_transport": lets_pyqwest_exit(request.headers.get("x-stainless-runtime-version", "")),

@@ -60,7 +60,7 @@ async def retrieve_future(request: Request, service: ServiceOf, owner: Owner) ->
 @router.post("/retrieve_futures", openapi_extra=body_of(wire.RetrieveFutures))
 async def retrieve_futures(request: Request, service: ServiceOf, owner: Owner) -> dict[str, Any]:
     """Which samples of one client of a sampler have ended since a cursor; waits for the first, `timeout` 0 for none
-    (but up to 2 s where the newest sample that the client was told of is not acknowledged yet).
+    (but up to 2 s where `retrieved_request_ids` lacks the newest sample that the client was told of).
 
     Results in `retrieved_request_ids` have reached the client and are dropped soon.
     """
