@@ -18,6 +18,44 @@ def test_co_tenants_change_no_token(family, small_chunks, sampler_of, adapter_fo
         assert tokens_of(run(sampler, request)) == {request.request_id: together[request.request_id]}
 
 
+def test_a_step_is_one_pass_of_all_samplers(family, base_model, sampler_of, adapter_folder, monkeypatch):
+    """Of the base's rows and of both adapters', and of the prompt that joins them; so is the drawing."""
+    model, sampler = base_model(family), sampler_of(family)
+    for number, name in enumerate(("one", "two")):
+        sampler.open(OpenSampler(name, adapter_folder(family, number)))
+    passes, drawn = [], []
+    hidden_states, logits = model.hidden_states, model.logits
+
+    def noted_pass(tokens, positions, attention, lora):
+        passes.append((positions.tolist(), [segment.end - segment.start for segment in lora]))
+        return hidden_states(tokens, positions, attention, lora)
+
+    def noted_logits(hidden, lora):
+        drawn.append((len(hidden), [segment.end - segment.start for segment in lora]))
+        return logits(hidden, lora)
+
+    monkeypatch.setattr(model, "hidden_states", noted_pass)
+    monkeypatch.setattr(model, "logits", noted_logits)
+    lengths = {"two": 5, "base": 9, "one": 14}
+    requests = [sample(f"r{n}", prompt_of(n, n), name, seed=n, stop_tokens=()) for name, n in lengths.items()]
+    joining = sample("r3", prompt_of(3, 3), "one", seed=3, stop_tokens=())
+    for request in requests:
+        sampler.submit(request)
+    for _ in range(2):
+        assert sampler.step() == []
+    sampler.submit(joining)
+    assert sampler.step() == []
+    decoding, joined = [9, 14, 5], [10, 15, 0, 1, 2, 6]
+    assert passes[1:] == [
+        (decoding + [0] * model.filling(3), [1, 1]),
+        (joined + [0] * model.filling(6), [4, 1]),
+    ]
+    assert drawn[1:] == [(3, [1, 1]), (4, [2, 1])]
+    together = tokens_of(run(sampler))
+    for request in (*requests, joining):
+        assert tokens_of(run(sampler, request)) == {request.request_id: together[request.request_id]}
+
+
 def test_samples_of_a_request_differ_and_come_again(sampler_of):
     sampler = sampler_of("qwen3")
     request = sample("r", prompt_of(1, 30), num_samples=8, seed=5)
