@@ -33,3 +33,15 @@ def test_clients_of_a_run_share_its_newest_inflight_weights(training):
     assert first.compute_logprobs(PROMPT).result()[1:] == after, "the older client goes on with them too"
     assert snapshot.compute_logprobs(PROMPT).result()[1:] == before
     assert first.get_base_model() == second.get_base_model() == snapshot.get_base_model()
+
+
+def test_a_save_of_equal_weights_keeps_no_prompt(training):
+    one = types.SamplingParams(max_tokens=1, seed=1)
+    found, drawn = [], []
+    for _ in range(2):
+        sampler = training.save_weights_and_get_sampling_client(kind="inflight").result()
+        for _ in range(2):
+            answer = sampler.sample(PROMPT, 1, one).result()
+            found.append(answer.prompt_cache_hit_tokens)
+            drawn.append(answer.sequences[0].tokens)
+    assert found == [0, 9, 0, 9] and drawn == drawn[:1] * 4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -74,6 +76,23 @@ def test_nothing_is_found_that_older_weights_have_computed(sampler_of, adapter_f
     found, expected = (run(one, turn)["r"] for one in (sampler, alone))
     assert found.prompt_cache_hit_tokens == 0
     np.testing.assert_array_equal(found.sequences[0].logprobs, expected.sequences[0].logprobs)
+
+
+def test_equal_weights_that_are_saved_again_begin_anew(sampler_of, adapter_folder, tmp_path):
+    """Another save is another folder; to open the same one again, as after a restart, is no save."""
+    sampler = sampler_of("qwen3")
+    request = sample("r", prompt_of(3, 40), "a", stop_tokens=())
+    copies = [str(shutil.copytree(adapter_folder("qwen3"), tmp_path / name)) for name in ("first", "second")]
+    found, drawn = [], []
+    for folder in (copies[0], copies[0], copies[1]):
+        assert sampler.open(OpenSampler("a", folder, "run")) == Done()
+        output = run(sampler, request)["r"]
+        found.append(output.prompt_cache_hit_tokens)
+        drawn.append(output.sequences[0].tokens.tolist())
+    assert found == [0, 39, 0] and drawn == drawn[:1] * 3
+    kept = sampler.pages_kept
+    sampler.close(CloseSampler("a"))
+    assert kept > 0 == sampler.pages_kept
 
 
 @pytest.mark.parametrize("opened_again", ["a", "b"])
