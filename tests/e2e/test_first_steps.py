@@ -95,6 +95,11 @@ def test_the_sampler_and_the_trainer_agree(training, batch):
     for sequence, output in zip(drawn.sequences, trained.loss_fn_outputs, strict=True):
         ours = output["logprobs"].to_numpy()[len(prompt) - 1 :]
         np.testing.assert_allclose(sequence.logprobs_np, ours, atol=1e-5)
+    scored = [
+        sampler.compute_logprobs(types.ModelInput.from_ints(prompt + sequence.tokens)) for sequence in drawn.sequences
+    ]
+    for logprobs, output in zip(scored, trained.loss_fn_outputs, strict=True):
+        np.testing.assert_allclose(logprobs.result()[1:], output["logprobs"].to_numpy(), atol=1e-5)
 
 
 def test_an_unknown_base_model_is_refused_with_the_served_ones(client):

@@ -53,6 +53,15 @@ def test_the_end_of_a_prompt_is_scored_as_the_whole(sampler):
     np.testing.assert_allclose(end[5:], whole[5:], atol=1e-5)
 
 
+def test_a_prompt_that_comes_again_is_found(sampler):
+    """All but its last token, which draws the next one."""
+    prompt = types.ModelInput.from_ints(np.random.default_rng(17).integers(0, 200, 37).tolist())
+    first, again = (sampler.sample(prompt, 2, ONE).result(PATIENCE) for _ in range(2))
+    assert (first.prompt_cache_hit_tokens, again.prompt_cache_hit_tokens) == (0, 36)
+    for one, other in zip(first.sequences, again.sequences, strict=True):
+        assert (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
+
+
 def test_sampled_logprobs_are_of_the_temperature(sampler):
     """And of its likeliest tokens, to a normalizer that the temperature's two ends share."""
     params = types.SamplingParams(max_tokens=6, seed=3, temperature=0.5, stop=[])
