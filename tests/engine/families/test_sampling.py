@@ -239,7 +239,8 @@ def _assert_same_bits(result: SampleOutput, other: SampleOutput) -> None:
 
 
 def test_a_sample_has_the_same_bits_whatever_else_there_is(family, sampler_of):
-    """Alone, in a crowd, interrupted, with its prompt kept from before, and with its prompt scored."""
+    """Alone, in a crowd, interrupted, with its prompt kept from before (of hybrids only longer ones are, see
+    `test_hybrid_prefixes`), and with its prompt scored."""
     requests = _requests(SamplingParams(max_tokens=30, seed=0), num_samples=2)
     scored = [structs.replace(request, prompt_logprobs=True) for request in requests]
     tight, roomy = sampler_of(kv_cache_bytes=_SCARCE.get(family, 1 << 17), max_decode_batch=12), sampler_of()
@@ -247,6 +248,9 @@ def test_a_sample_has_the_same_bits_whatever_else_there_is(family, sampler_of):
     for sampler, asked in ((roomy, requests), (tight, scored)):
         for name, result in _run(sampler, asked).items():
             _assert_same_bits(result, expected[name])
+            if asked is requests:
+                prompt_tokens = LENGTHS[int(name.rpartition("-")[2])]
+                assert result.prompt_cache_hit_tokens == (0 if sampler._states else prompt_tokens - 1)
             if asked is scored:
                 np.testing.assert_array_equal(result.prompt_logprobs, expected[name].prompt_logprobs)
     assert tight.preemptions > 0

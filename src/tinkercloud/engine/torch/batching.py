@@ -18,11 +18,12 @@ of several, compute it once.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection
 
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, pages_for
-from tinkercloud.engine.torch.prefix_cache import Namespace, Prefix, PrefixCache, page_keys
+from tinkercloud.engine.torch.prefix_cache import TOKEN_BYTES, Namespace, Node, Prefix, PrefixCache, page_keys
 from tinkercloud.engine.torch.sequences import Request, Sequence
 from tinkercloud.engine.torch.state_cache import StateCache
 from tinkercloud.engine.torch.waiting import WaitingSequences
@@ -51,8 +52,8 @@ class ContinuousBatch:
         """`states`: of models with linear attention, a slot for each sequence that may run. `keeps_drawn`: whether
         pages of drawn tokens are kept too."""
         self._cache, self._states = cache, states
-        self._prefixes = PrefixCache(cache)
-        self._keeps_drawn = keeps_drawn
+        self._prefixes = PrefixCache(cache, states)
+        self._keeps_drawn = keeps_drawn and states is None
         self.max_sequences = max_sequences
         self.only: Collection[Request] | None = None
         """The requests whose sequences may start; None is all."""
@@ -132,10 +133,13 @@ class ContinuousBatch:
 
     def _next_cut(self, sequence: Sequence) -> int:
         """Where a sequence's next turn ends: at a multiple of PREFILL_CHUNK or where its prompt ends; among its drawn
-        tokens anywhere, or, with linear attention, after one, as when they were drawn."""
+        tokens anywhere. With linear attention also at the prompt's last state that is copied, and among drawn tokens
+        after one, as when they were drawn."""
         chunk = (sequence.cached // PREFILL_CHUNK + 1) * PREFILL_CHUNK
         if not sequence.holds_prompt:
-            return min(chunk, sequence.request.prompt_tokens)
+            end = min(chunk, sequence.request.prompt_tokens)
+            last = _last_state(sequence.request)
+            return min(end, last) if self._states and sequence.cached < last else end
         return sequence.cached + 1 if self._states else min(chunk, sequence.num_tokens)
 
     def _grow(self) -> None:
@@ -182,8 +186,6 @@ class ContinuousBatch:
 
     def _follows(self, sequence: Sequence, prefilling: list[Sequence]) -> bool:
         """Whether it is better for a sequence to wait until one of those that prefill has come further."""
-        if self._states:
-            return False  # a state is not shared
         request = sequence.request
         if not request.sampler.prefixes.open:
             return False  # nothing will be kept of what another one computes
@@ -198,6 +200,8 @@ class ContinuousBatch:
             # Log-probabilities that keep a sequence from reusing its prompt will be there when its sibling has done it.
             most = sequence.shareable if other.request is request else sequence.reusable
             common = min(most, request.common_tokens(other.request))
+            if self._states:
+                common = _common_state(request, other.request, common)
             if common <= other.cached:
                 continue
             if found is None:
@@ -210,17 +214,16 @@ class ContinuousBatch:
 
     def _kept_of(self, sequence: Sequence) -> Prefix:
         """What is kept of a sequence's prompt, and need not be computed again."""
-        return self._prefixes.find(sequence.request.sampler.prefixes, sequence.request.page_keys, sequence.reusable)
+        request = sequence.request
+        namespace = request.sampler.prefixes
+        if self._states:
+            return self._prefixes.find_state(namespace, self._state_keys(request), sequence.reusable)
+        return self._prefixes.find(namespace, request.page_keys, sequence.reusable)
 
     def _start(self, sequence: Sequence) -> bool:
         """Give a sequence pages for all its tokens, those that are kept and new ones; False if too few are free. One
         more page for each running sequence stays free, so that what starts is not soon preempted again."""
         request, whole = sequence.request, pages_for(sequence.num_tokens)
-        if self._states:
-            if whole + len(self._running) > self._cache.free:
-                return False
-            sequence.pages, sequence.slot = self._cache.allocate(whole), self._states.allocate()
-            return True
         prefix = self._kept_of(sequence)
         missing = whole - len(prefix.pages)
         free = self._cache.free - self._cache.idle_among(prefix.pages)
@@ -236,6 +239,8 @@ class ContinuousBatch:
             sequence.cached = prefix.tokens
         else:
             sequence.pages += self._cache.allocate(missing)
+        if self._states:
+            sequence.slot = self._states.allocate(prefix.node.state if isinstance(prefix.node, Node) else None)
         sequence.namespace = request.sampler.prefixes
         sequence.node, sequence.kept = prefix.node, len(prefix.pages)
         if request.cache_hit_tokens is None:
@@ -248,11 +253,27 @@ class ContinuousBatch:
             return
         keys = sequence.request.page_keys
         first, complete = sequence.kept, len(keys) if sequence.holds_prompt else sequence.cached // PAGE_TOKENS
+        if self._states:
+            if not _leaves_state(sequence.request, sequence.cached):
+                return
+            keys, complete = self._state_keys(sequence.request), sequence.cached // PAGE_TOKENS
         if first < complete:
             own = sequence.pages[first:complete]
             sequence.node = self._prefixes.keep(sequence.node, keys[first:complete], own)
             sequence.pages[first:complete] = own
             sequence.kept = complete
+        if self._states and isinstance(sequence.node, Node):
+            self._prefixes.keep_state(sequence.node, sequence.slot)
+
+    def _state_keys(self, request: Request) -> list[bytes]:
+        """Keys of a prompt's pages up to its last state. Those of the turn that ends there are only for prompts whose
+        last state is there too: in others the same tokens are part of a longer turn, which may show in the last bit."""
+        if request.state_keys is None:
+            keys, last = request.page_keys, _last_state(request)
+            common = last // PREFILL_CHUNK * PREFILL_CHUNK // PAGE_TOKENS
+            mark = last.to_bytes(TOKEN_BYTES, "little")
+            request.state_keys = keys[:common] + [key + mark for key in keys[common : last // PAGE_TOKENS]]
+        return request.state_keys
 
     def _keep_drawn(self, sequence: Sequence) -> None:
         """Keep the complete pages that have drawn tokens, for a prompt that begins with all of these."""
@@ -273,3 +294,23 @@ class ContinuousBatch:
         sequence.kept = 0
         if self._states:
             self._states.release(sequence.slot)
+
+
+def _last_state(request: Request) -> int:
+    """Tokens of a prompt behind which its last state is copied; 0 for short ones, which it would cost a turn."""
+    return (request.prompt_tokens - 1) // PAGE_TOKENS * PAGE_TOKENS if request.prompt_tokens > WORTH_WAITING else 0
+
+
+def _leaves_state(request: Request, end: int) -> bool:
+    """Whether the state behind so many tokens of a prompt is copied for others."""
+    last = _last_state(request)
+    return 0 < end <= last and (end == last or end % math.lcm(PREFILL_CHUNK, PAGE_TOKENS) == 0)
+
+
+def _common_state(request: Request, other: Request, common: int) -> int:
+    """Tokens up to the last state that two prompts leave alike, of their `common` first tokens."""
+    last, others = _last_state(request), _last_state(other)
+    if last == others <= common:
+        return last
+    whole = math.lcm(PREFILL_CHUNK, PAGE_TOKENS)
+    return min(common, last, others) // whole * whole

@@ -42,6 +42,8 @@ class Request:
         self.prompt_tokens = len(operation.prompt)
         self.sequences = [Sequence(self, index) for index in range(operation.num_samples)]
         self.scores = PromptScores(operation)
+        self.state_keys: list[bytes] | None = None
+        """`page_keys` up to the last state, where the model has linear attention; `batching` makes them."""
         self.cache_hit_tokens: int | None = None
         """Tokens of the prompt that its first sequence found in the cache; None before that has run."""
 

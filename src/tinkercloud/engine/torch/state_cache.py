@@ -1,12 +1,14 @@
 """The sampler's memory of linear attention: one slot for each running sequence, beside the pages of the others' keys.
 
 A state has taken in all of its sequence's tokens, so it cannot be shared with a sequence that goes on from fewer, as
-pages can; and a sequence that was preempted computes it again from the first token.
+pages can. Slots that no sequence has hold copies of states on their way through a prompt (`prefix_cache`), from which
+others that begin alike go on; they give way to what runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,24 +27,59 @@ class StateCache:
             layer: tuple(part.new_empty(slots, *part.shape[1:]) for part in state) for layer, state in layers.items()
         }
         self._free = list(range(slots - 1, -1, -1))
+        self._copies: OrderedDict[int, None] = OrderedDict()
+        """Slots with copies, in the order in which they were last of use."""
         self.slots = slots
+        self.on_reclaim: Callable[[int], None] = lambda slot: None
+        """Told of each copy that is taken for something else."""
 
     @property
     def used(self) -> int:
         """Slots that a sequence owns; 0 when the sampler is idle."""
-        return self.slots - len(self._free)
+        return self.slots - len(self._free) - len(self._copies)
 
-    def allocate(self) -> int:
-        """A slot with the state of a sequence's beginning, zero. There is one for each sequence that may run."""
+    def allocate(self, copy: int | None = None) -> int:
+        """A slot with the state of a sequence's beginning, zero, or that of a copy. There is one for each sequence that
+        may run."""
+        if copy is not None:
+            self._copies.move_to_end(copy)
+        if not self._free:
+            self._reclaim()
         slot = self._free.pop()
         for state in self._memory.values():
             for part in state:
-                part[slot] = 0
+                if copy is None:
+                    part[slot] = 0
+                elif copy != slot:  # else it was the last copy of all, and the sequence has it now
+                    part[slot] = part[copy]
         return slot
 
     def release(self, slot: int) -> None:
-        """Give a slot back."""
+        """Give a sequence's slot back."""
         self._free.append(slot)
+
+    def keep(self, slot: int) -> int | None:
+        """Copy a sequence's state as it is now; the slot of the copy, None where sequences have them all."""
+        if not self._free:
+            if not self._copies:
+                return None
+            self._reclaim()
+        copy = self._free.pop()
+        for state in self._memory.values():
+            for part in state:
+                part[copy] = part[slot]
+        self._copies[copy] = None
+        return copy
+
+    def forget(self, copy: int) -> None:
+        """A copy is of no use any more."""
+        del self._copies[copy]
+        self._free.append(copy)
+
+    def _reclaim(self) -> None:
+        copy, _ = self._copies.popitem(last=False)
+        self._free.append(copy)
+        self.on_reclaim(copy)
 
     def read(self, layer: int, slots: Tensor) -> State:
         """The states of B sequences, int64 [B]."""
