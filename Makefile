@@ -2,8 +2,8 @@
 # make test    the whole test suite, as CI runs it
 # make chaos   engines and servers killed at random moments and at each write of a training run, for half an hour
 # make fuzz    random requests: FUZZ_SCALE times as many as the suite sends, and each time others
-# make bench   speed and memory, beside torch + PEFT by hand
-# make bench-vllm   sampling beside vLLM, which gets an environment of its own (3 GB)
+# make bench   speed and memory, beside torch + PEFT by hand, and beside vLLM where make bench-vllm has been run once
+# make bench-vllm   sampling beside vLLM alone, which gets an environment of its own (3 GB)
 # make test-engines               the engine's tests, with those that are too slow for every day
 # make test-engines DEVICE=cuda   those of them that can run on another device (or DTYPE=bfloat16 on the CPU)
 # Each makes the virtual environments that it needs, once; constraints*.txt say what is in them.
@@ -45,11 +45,12 @@ test-engines: .venv/.made
 	TINKERCLOUD_TEST_DEVICE=$(DEVICE) TINKERCLOUD_TEST_DTYPE=$(DTYPE) $(BIN)/python -m pytest tests/engine \
 		-m "$(if $(filter cpu-float32,$(DEVICE)-$(DTYPE)),slow or not slow,device)"
 
+VLLM := --vllm .venv-vllm/bin/python
 bench: .venv/.made
-	@$(BIN)/python -m bench
+	@$(BIN)/python -m bench $(if $(wildcard .venv-vllm/.made),$(VLLM))
 
 bench-vllm: .venv/.made .venv-vllm/.made
-	@$(BIN)/python -m bench --only 'sampling_vllm_*' --vllm .venv-vllm/bin/python
+	@$(BIN)/python -m bench --only 'sampling_vllm_*' $(VLLM)
 
 lint: .venv/.made
 	$(BIN)/ruff check .
