@@ -6,6 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, as_completed
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -142,6 +143,14 @@ def seconds(work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
+
+
+def waits(futures: Sequence[Future[Any]], sent: float) -> list[float]:
+    """Seconds from `sent`, of `time.perf_counter`, until each has its result."""
+    ended = {future: time.perf_counter() - sent for future in as_completed(futures)}
+    for future in futures:
+        future.result()
+    return [ended[future] for future in futures]
 
 
 def batch(examples: Sequence[Example]) -> list[tinker.Datum]:

@@ -4,6 +4,9 @@ import io
 import json
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -14,10 +17,12 @@ from bench.data import BATCHES, token_rows
 from bench.engine_alone import EngineAlone
 from bench.measurement import Measurement
 from bench.measurements import ALL
+from bench.measurements.many_samples import Round, Rounds
 from bench.memory import PeakMemory, tree_bytes
 from bench.model import CONTEXT, MIDDLE, SMALL, make_model
 from bench.profile import Profile, read_stacks
 from bench.readings import Goal, Readings, interleaved, spread
+from bench.stage import waits
 from rich.console import Console
 
 from tinkercloud.engine.base_model import EngineOptions
@@ -241,6 +246,27 @@ def test_peak_memory_sees_what_is_gone_again():
         process.stdout.readline()
         assert 45e6 < peak.above < 60e6
         process.stdin.close()
+
+
+def test_growth_is_that_of_the_worst_round():
+    rounds = [Round([], most, [], 0.0) for most in ({1: 60, 2: 15}, {1: 90, 2: 40}, {1: 95, 2: 30})]
+    grown = Rounds(1, {1: 50, 2: 10}, rounds)
+    assert grown.growth([1]) == 45
+    assert grown.growth([1, 2]) == 70
+
+
+def test_waits_are_in_the_order_of_the_requests():
+    futures = [Future() for _ in range(2)]
+    sent = time.perf_counter()
+    threading.Timer(0.05, lambda: futures[1].set_result(None)).start()
+    threading.Timer(0.10, lambda: futures[0].set_result(None)).start()
+    slow, fast = waits(futures, sent)
+    assert 0.05 <= fast < slow and slow >= 0.10
+
+    futures[0] = Future()
+    futures[0].set_exception(ValueError("refused"))
+    with pytest.raises(ValueError, match="refused"):
+        waits(futures, sent)
 
 
 def test_a_competitor_finds_its_best_settings(folder):
