@@ -40,6 +40,11 @@ def _train(stage: Stage) -> Future[tinker.ForwardBackwardOutput]:
     return stage.training.forward_backward(batch(uniform(ROWS, TOKENS)), "cross_entropy").future()
 
 
+def _rounds(stage: Stage, repeat: int) -> int:
+    """Half as many on the larger model: each is long."""
+    return repeat if stage.shape is SMALL else (repeat + 1) // 2
+
+
 def _rates(readings: Readings, tokens: int) -> str:
     """Throughput beside the other and alone."""
     beside, alone = (tokens / median(side) for side in (readings.ours, readings.theirs))
@@ -60,7 +65,7 @@ def take_training(stage: Stage, repeat: int) -> Readings:
             future.result()
         return taken
 
-    readings = interleaved(beside_samples, [alone], repeat)
+    readings = interleaved(beside_samples, [alone], _rounds(stage, repeat))
     return replace(readings, note=_rates(readings, ROWS * TOKENS))
 
 
@@ -90,8 +95,9 @@ def take_sampling(stage: Stage, repeat: int) -> Readings:
         return taken
 
     samples()  # saving the first sampler's weights would wait for the training that was sent before
-    readings = interleaved(beside_training, [alone], repeat)
-    beside, by_itself = (side[-repeat * FIRST_TOKENS :] for side in (first_beside, first_alone))
+    readings = interleaved(beside_training, [alone], _rounds(stage, repeat))
+    counted = FIRST_TOKENS * len(readings.ours)
+    beside, by_itself = (side[-counted:] for side in (first_beside, first_alone))
     first = (
         f"a request's first token {median(beside) * 1e3:.0f} ms, slowest of {len(beside)} {max(beside) * 1e3:.0f}, "
         f"alone {median(by_itself) * 1e3:.0f} and {max(by_itself) * 1e3:.0f}"
