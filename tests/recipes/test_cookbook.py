@@ -73,5 +73,6 @@ def test_reinforcement_learning_raises_the_reward(begun):
     ended, correct = series(rows, "env/all/format"), series(rows, "env/all/correct")
     assert sum(ended[-3:]) / 3 > ended[0] + 0.025, ended
     assert min(correct) > 0.3, f"it learns to end its answers, not to end them early: {correct}"
+    assert max(map(abs, series(rows, "optim/kl_sample_train_v1"))) < 1e-6
     # Half the mean square of (sampled - trained log-probability): 5e-11 is a difference of 1e-5.
     assert max(series(rows, "optim/kl_sample_train_v2")) < 5e-11
