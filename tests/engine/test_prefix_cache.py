@@ -14,6 +14,7 @@ from tests.engine.examples import run as train
 from tests.engine.sampler_requests import prompt_of, run, sample
 from tinkercloud.engine.operations import CancelSample, CloseSampler, Datum, OpenSampler, SaveWeights
 from tinkercloud.engine.results import SampleOutput
+from tinkercloud.engine.torch import batching
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, OutOfPages
 from tinkercloud.engine.torch.prefix_cache import Namespace, Node, PrefixCache, page_keys
 
@@ -144,6 +145,22 @@ def test_who_waits_goes_on_when_the_other_is_cancelled(small_chunks, sampler_of)
     (alone,) = run(sampler_of("qwen3"), sample("r", prompt_of(0, 100))).values()
     assert_same_bits(results["second"], alone)
     assert_same_bits(results["third"], alone)
+
+
+def test_nobody_waits_for_ever_for_what_others_leave(sampler_of, monkeypatch):
+    """Scored requests, which wait for nobody, begin like one that waits for the first of them, and come without end.
+    What they leave is a little less than what it waits for, which ends within a page."""
+    monkeypatch.setattr(batching, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(batching, "PREFILL_BUDGET", 64)
+    sampler, start, ended = sampler_of("qwen3"), prompt_of(0, 200), []
+    for number in range(60):
+        if number == 16:
+            sampler.submit(sample("waits", start, max_tokens=1))
+        prompt = joined(start[:190], prompt_of(number, 10))
+        sampler.submit(sample(f"r{number}", prompt, max_tokens=1, prompt_logprobs=True))
+        ended += [name for name, _ in sampler.step()]
+    ended += run(sampler)
+    assert len(ended) == 61 and ended.index("waits") < 30
 
 
 def test_what_is_scored_is_computed(sampler_of):

@@ -91,6 +91,17 @@ def test_samples_of_one_prompt_compute_it_once(requests, family, sampler_of, row
         assert_same_bits(results[request.request_id], alone)
 
 
+@pytest.mark.parametrize("places", [4, 16])
+def test_also_with_fewer_places_than_samples(places, sampler_of, rows_run):
+    """The copy is there for those that start when the first have ended, at different times."""
+    sampler = sampler_of(max_decode_batch=places)
+    asked = [sample(f"r{i}", prompt_of(0, 200), seed=i, max_tokens=3 + 5 * (i % 4)) for i in range(32)]
+    del rows_run[:]
+    results = run(sampler, *asked)
+    drawn = sum(len(result.sequences[0].tokens) - 1 for result in results.values())
+    assert sum(rows_run) == 192 + 32 * 8 + drawn
+
+
 @pytest.mark.parametrize("length", [140, 96])
 @pytest.mark.parametrize(("common", "hit"), [(0, 0), (47, 0), (48, 48), (90, 48), (96, 96), (130, 96), (140, 96)])
 def test_a_prompt_that_begins_like_an_earlier_one_goes_on_from_a_state(length, common, hit, sampler_of):

@@ -39,6 +39,10 @@ WORTH_WAITING = 64
 """Tokens that a sequence need not compute if it waits for another one: from so many on it waits, and from half of what
 it would compute otherwise."""
 
+MOST_LEADERS = 3
+"""For how many others a sequence waits, one after another, before it computes its prompt itself: what they leave may be
+gone by then, or never be kept, and others may come for ever."""
+
 Turn = tuple[Sequence, int]
 """A sequence, and how many of its tokens run in this step."""
 
@@ -193,6 +197,8 @@ class ContinuousBatch:
         if leader and leader.namespace is request.sampler.prefixes and leader.cached < sequence.awaited:
             return True
         sequence.leader = None
+        if sequence.leaders == MOST_LEADERS:
+            return False
         found: int | None = None
         for other in prefilling:
             if other.namespace is not request.sampler.prefixes:
@@ -209,6 +215,7 @@ class ContinuousBatch:
             saved, missing = common - found, sequence.num_tokens - found
             if saved >= min(WORTH_WAITING, missing / 2):
                 sequence.leader, sequence.awaited = other, common
+                sequence.leaders += 1
                 return True
         return False
 

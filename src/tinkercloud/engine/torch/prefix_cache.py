@@ -104,7 +104,9 @@ class PrefixCache:
     def find_state(self, namespace: Namespace, keys: Sequence[bytes], tokens: int) -> Prefix:
         """The longest kept beginning, of at most `tokens` tokens, behind which the state is kept too."""
         node: Node | Namespace = namespace
-        found, pages = Prefix(namespace, (), None, 0), []
+        found: Node | Namespace = namespace
+        pages: list[int] = []
+        whole = 0
         for key in keys[: tokens // PAGE_TOKENS]:
             child = node.children.get(key)
             if child is None:
@@ -112,8 +114,8 @@ class PrefixCache:
             node = child
             pages.append(child.page)
             if child.state is not None:
-                found = Prefix(child, tuple(pages), None, len(pages) * PAGE_TOKENS)
-        return found
+                found, whole = child, len(pages)
+        return Prefix(found, pages[:whole], None, whole * PAGE_TOKENS)
 
     def keep_state(self, node: Node, slot: int) -> None:
         """Copy a sequence's state, which has taken in all up to the end of this node's page and no more."""

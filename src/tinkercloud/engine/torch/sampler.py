@@ -61,9 +61,11 @@ class TorchSampler:
         sequences, self._states = options.max_decode_batch, None
         if memory.states:
             slot = state_bytes(memory.states)
-            sequences = max(1, min(sequences, int(options.kv_cache_bytes * STATE_SHARE) // slot))
-            page_bytes -= sequences * slot
-            self._states = StateCache(memory.states, sequences)
+            # Some more than may run, for copies (`state_cache`): else none is left where all places are taken.
+            slots = max(1, min(sequences * 3 // 2 + 1, int(options.kv_cache_bytes * STATE_SHARE) // slot))
+            sequences = max(1, min(sequences, slots - max(1, slots // 8)))
+            page_bytes -= slots * slot
+            self._states = StateCache(memory.states, slots)
             if sequences < options.max_decode_batch:
                 log.warning(
                     "at most %d sequences of %s decode together, not max_decode_batch = %d: a state takes %d bytes, "
@@ -326,6 +328,8 @@ class TorchSampler:
             request = sequence.request
             if request.operation.request_id not in self._requests:
                 continue  # A sibling in this batch has failed the request.
+            if not sequence.pages:
+                continue  # A row before has failed, and what was apart with it was interrupted: it is drawn again.
             if logprob != logprob:
                 self._fail(request, Failure("the model's logits are not finite: its weights have diverged", "user"))
                 continue

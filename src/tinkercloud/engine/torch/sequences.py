@@ -118,6 +118,8 @@ class Sequence:
     leader: Sequence | None = None
     """Computes a prompt that begins alike, for which this one waits, until it has cached `awaited` tokens."""
     awaited: int = 0
+    leaders: int = 0
+    """For how many it has waited, one after another."""
     stop_reason: Literal["stop", "length"] | None = None
 
     def __post_init__(self) -> None:
