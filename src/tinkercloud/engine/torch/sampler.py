@@ -63,7 +63,7 @@ class TorchSampler:
             slot = state_bytes(memory.states)
             # Some more than may run, for copies (`state_cache`): else none is left where all places are taken.
             slots = max(1, min(sequences * 3 // 2 + 1, int(options.kv_cache_bytes * STATE_SHARE) // slot))
-            sequences = max(1, min(sequences, slots - max(1, slots // 8)))
+            sequences = max(1, min(sequences, slots - slots // 8))
             page_bytes -= slots * slot
             self._states = StateCache(memory.states, slots)
             if sequences < options.max_decode_batch:
