@@ -33,6 +33,15 @@ def tokens_of(results: dict[str, SampleOutput]) -> dict[str, list[list[int]]]:
     return {name: [sequence.tokens.tolist() for sequence in result.sequences] for name, result in results.items()}
 
 
+def assert_same_bits(result: SampleOutput, other: SampleOutput) -> None:
+    """Tokens and log-probabilities, and those of the prompt where they were asked for."""
+    for one, two in zip(result.sequences, other.sequences, strict=True):
+        np.testing.assert_array_equal(one.tokens, two.tokens)
+        np.testing.assert_array_equal(one.logprobs, two.logprobs)
+    if result.prompt_logprobs is not None:
+        np.testing.assert_array_equal(result.prompt_logprobs, other.prompt_logprobs)
+
+
 def mixture(adapter: str = "adapter") -> list[Sample]:
     return [
         sample(

@@ -11,9 +11,8 @@ from msgspec import structs
 
 from tests.engine.examples import forward_backward, shaken
 from tests.engine.examples import run as train
-from tests.engine.sampler_requests import prompt_of, run, sample
+from tests.engine.sampler_requests import assert_same_bits, prompt_of, run, sample
 from tinkercloud.engine.operations import CancelSample, CloseSampler, Datum, OpenSampler, SaveWeights
-from tinkercloud.engine.results import SampleOutput
 from tinkercloud.engine.torch import batching
 from tinkercloud.engine.torch.kv_cache import PAGE_TOKENS, KVCache, LayerShape, OutOfPages
 from tinkercloud.engine.torch.prefix_cache import Namespace, Node, PrefixCache, page_keys
@@ -31,14 +30,6 @@ def rows_run(base_model, monkeypatch):
 
     monkeypatch.setattr(model, "hidden_states", counted)
     return rows
-
-
-def assert_same_bits(result: SampleOutput, other: SampleOutput) -> None:
-    for one, two in zip(result.sequences, other.sequences, strict=True):
-        np.testing.assert_array_equal(one.tokens, two.tokens)
-        np.testing.assert_array_equal(one.logprobs, two.logprobs)
-    if result.prompt_logprobs is not None:
-        np.testing.assert_array_equal(result.prompt_logprobs, other.prompt_logprobs)
 
 
 def joined(*parts: np.ndarray) -> np.ndarray:

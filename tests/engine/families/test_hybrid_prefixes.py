@@ -13,11 +13,9 @@ from msgspec import structs
 from tests.engine import reference
 from tests.engine.families.conftest import every_day
 from tests.engine.precision import assert_logprobs
-from tests.engine.sampler_requests import prompt_of, run, sample
+from tests.engine.sampler_requests import assert_same_bits, prompt_of, run, sample
 from tinkercloud.engine.base_model import EngineOptions
 from tinkercloud.engine.operations import CancelSample, CloseSampler, OpenSampler
-from tinkercloud.engine.results import SampleOutput
-from tinkercloud.engine.torch import batching
 from tinkercloud.engine.torch.attention import State
 from tinkercloud.engine.torch.sampler import TorchSampler
 from tinkercloud.engine.torch.state_cache import StateCache
@@ -33,11 +31,9 @@ def family(request):
 
 
 @pytest.fixture
-def sampler_of(family, base_model, monkeypatch):
+def sampler_of(family, base_model, small_chunks):
     """**options -> a sampler of the base model, which prefills in small chunks; afterwards it holds no page, no state,
     and when it is closed no copy."""
-    monkeypatch.setattr(batching, "PREFILL_CHUNK", 24)
-    monkeypatch.setattr(batching, "PREFILL_BUDGET", 40)
     samplers = []
 
     def make(**options) -> TorchSampler:
@@ -67,12 +63,6 @@ def rows_run(family, base_model, monkeypatch):
 
     monkeypatch.setattr(model, "filling", counted)
     return rows
-
-
-def assert_same_bits(result: SampleOutput, other: SampleOutput) -> None:
-    for one, two in zip(result.sequences, other.sequences, strict=True):
-        np.testing.assert_array_equal(one.tokens, two.tokens)
-        np.testing.assert_array_equal(one.logprobs, two.logprobs)
 
 
 @pytest.mark.parametrize("requests", [8, 1])

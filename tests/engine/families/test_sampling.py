@@ -21,10 +21,10 @@ from tests.engine import reference
 from tests.engine.examples import VOCAB, forward_backward, run, shaken
 from tests.engine.families.conftest import every_day
 from tests.engine.precision import EXACT, REGRET, assert_as_near, assert_logprobs
+from tests.engine.sampler_requests import assert_same_bits
 from tinkercloud.engine.base_model import EngineOptions
 from tinkercloud.engine.operations import Datum, OpenSampler, Sample, SamplingParams, SaveWeights
 from tinkercloud.engine.results import Done, SampledSequence, SampleOutput
-from tinkercloud.engine.torch import batching
 from tinkercloud.engine.torch.sampler import TorchSampler
 from tinkercloud.engine.torch.trainer import TorchTrainer
 
@@ -79,11 +79,9 @@ def alike_of(family, model_folder, adapters):
 
 
 @pytest.fixture
-def sampler_of(family, base_model, adapters, monkeypatch):
+def sampler_of(family, base_model, adapters, small_chunks):
     """**options -> a sampler with the adapters and the base model open, which prefills in small chunks; afterwards it
     must hold no page and no state."""
-    monkeypatch.setattr(batching, "PREFILL_CHUNK", 24)
-    monkeypatch.setattr(batching, "PREFILL_BUDGET", 40)
     samplers = []
 
     def make(**options) -> TorchSampler:
@@ -232,12 +230,6 @@ def test_what_a_sample_says_is_what_training_computes(family, adapters, sampler_
         assert_logprobs(said, output.outputs[0]["logprobs"])
 
 
-def _assert_same_bits(result: SampleOutput, other: SampleOutput) -> None:
-    for one, two in zip(result.sequences, other.sequences, strict=True):
-        np.testing.assert_array_equal(one.tokens, two.tokens)
-        np.testing.assert_array_equal(one.logprobs, two.logprobs)
-
-
 def test_a_sample_has_the_same_bits_whatever_else_there_is(family, sampler_of):
     """Alone, in a crowd, interrupted, with its prompt kept from before (of hybrids only longer ones are, see
     `test_hybrid_prefixes`), and with its prompt scored."""
@@ -247,13 +239,11 @@ def test_a_sample_has_the_same_bits_whatever_else_there_is(family, sampler_of):
     expected = _run(roomy, scored)
     for sampler, asked in ((roomy, requests), (tight, scored)):
         for name, result in _run(sampler, asked).items():
-            _assert_same_bits(result, expected[name])
+            assert_same_bits(result, expected[name])
             if asked is requests:
                 prompt_tokens = LENGTHS[int(name.rpartition("-")[2])]
                 assert result.prompt_cache_hit_tokens == (0 if sampler._states else prompt_tokens - 1)
-            if asked is scored:
-                np.testing.assert_array_equal(result.prompt_logprobs, expected[name].prompt_logprobs)
     assert tight.preemptions > 0
     for request in requests[2::5]:
         (alone,) = _run(sampler_of(), [request]).values()
-        _assert_same_bits(alone, expected[request.request_id])
+        assert_same_bits(alone, expected[request.request_id])
