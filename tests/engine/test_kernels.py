@@ -15,7 +15,7 @@ from tinkercloud.engine.torch.kernels.compiled import SOURCES
 from tinkercloud.engine.torch.kernels.draws import drawn
 from tinkercloud.engine.torch.kernels.lora import add_low_rank
 from tinkercloud.engine.torch.kernels.paged import attended, write
-from tinkercloud.engine.torch.kernels.products import few_rows_product
+from tinkercloud.engine.torch.kernels.products import weight_product
 from tinkercloud.engine.torch.kernels.rows import gated, rms_norm, rotated
 from tinkercloud.engine.torch.sampling import _drawn
 from tinkercloud.engine.torch.sources import digest_of
@@ -146,19 +146,19 @@ def test_product(width, columns, threads):
     """Also in parts, and whichever thread takes them."""
     x, weight = numbers(39, width), numbers(columns, width)
     threads(1)
-    got = few_rows_product(x, weight)
+    got = weight_product(x, weight)
     for count in (2, 4):
         threads(count)
-        assert torch.equal(few_rows_product(x, weight), got)
+        assert torch.equal(weight_product(x, weight), got)
     assert_near(got, x.double() @ weight.double().t())
     for rows in (slice(0, 1), slice(2, 39), slice(32, 37)):
-        assert torch.equal(few_rows_product(x[rows], weight), got[rows])
+        assert torch.equal(weight_product(x[rows], weight), got[rows])
 
 
 def test_what_is_laid_out_otherwise_is_refused():
     x, weight = numbers(16, ROWS).t(), numbers(4, 16)
     with pytest.raises(AssertionError):
-        few_rows_product(x, weight)
+        weight_product(x, weight)
     with pytest.raises(AssertionError):
         gated(x)
 

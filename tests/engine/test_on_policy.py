@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from tests.engine.examples import run
@@ -26,15 +27,17 @@ from tinkercloud.engine.operations import (
     SaveWeights,
 )
 from tinkercloud.engine.results import Done
+from tinkercloud.engine.torch.kernels.causal import LONGEST
+from tinkercloud.engine.torch.kernels.products import have_products
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.sampler import TorchSampler
 from tinkercloud.engine.torch.trainer import TorchTrainer
 from tinkercloud.nano import FOLDER
 
 STEPS, PROBLEMS, GROUP = 15, 16, 8
-WIDEST = 3e-5
-"""Nats between a drawn token's two log-probabilities. The widest of some 7,000 are 1.3e-5, of logits of up to 18; in
-float32 transformers' own are off those in float64 by 1.4e-5."""
+WIDEST = 0 if have_products(torch.empty(0)) else 3e-5
+"""Nats between a drawn token's two log-probabilities: none where both have the same kernels. Elsewhere the widest of
+some 7,000 are 1.3e-5, of logits of up to 18; in float32 transformers' own are off those in float64 by 1.4e-5."""
 
 
 class Step(NamedTuple):
@@ -51,12 +54,19 @@ class Step(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def steps(tmp_path_factory) -> list[Step]:
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+def engines() -> tuple[TorchTrainer, TorchSampler]:
+    """Of one run, "m"."""
     options = EngineOptions("nano", str(FOLDER), device="cpu", dtype="float32")
     model = BaseModel.load(options)
     trainer, sampler = TorchTrainer(model, options), TorchSampler(model, options)
     run(trainer, CreateModel("m", LoraConfig(rank=16, seed=1)))
+    return trainer, sampler
+
+
+@pytest.fixture(scope="module")
+def steps(engines, tmp_path_factory) -> list[Step]:
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    trainer, sampler = engines
     random, folder, found = np.random.default_rng(0), tmp_path_factory.mktemp("on-policy"), []
     for step in range(STEPS):
         name = f"step-{step}"
@@ -127,10 +137,28 @@ def test_what_was_sampled_and_what_is_trained_on_are_one_policy(steps):
     for _, metrics, differences, advantages in steps:
         assert len(differences) >= PROBLEMS * GROUP
         assert metrics["active_tokens:sum"] == np.count_nonzero(advantages) > len(differences) / 4
-        assert np.abs(differences).max() < WIDEST
+        assert np.abs(differences).max() <= WIDEST
         assert abs(metrics["kl_sample_train_v1:mean"]) < 1e-6
         assert metrics["kl_sample_train_v2:mean"] < 1e-10, "a root mean square of 1.4e-5"
         assert metrics["ratio:mean"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("length", [1000, LONGEST])
+def test_long_sequences_too(length, steps, engines, tmp_path):
+    """A prompt's log-probabilities after those steps, in chunks here and in one pass there."""
+    trainer, sampler = engines
+    tokens = np.random.default_rng(length).integers(0, 1000, length + 1).astype(np.int32)
+    folder = str(tmp_path / "trained")
+    run(trainer, SaveWeights("m", folder))
+    assert sampler.open(OpenSampler("trained", folder)) == Done()
+    sampler.submit(Sample("long", "trained", tokens, SamplingParams(max_tokens=1, seed=1), prompt_logprobs=True))
+    results = {}
+    while sampler.busy:
+        results.update(sampler.step())
+    sampler.close(CloseSampler("trained"))
+    inputs = {"target_tokens": tokens[1:].astype(np.int64), "weights": np.ones(length, np.float32)}
+    (output,) = run(trainer, ForwardBackward("m", (Datum(tokens[:-1], inputs),), "cross_entropy", forward_only=True))
+    assert np.abs(results["long"].prompt_logprobs[1:] - output.outputs[0]["logprobs"]).max() <= WIDEST
 
 
 def test_it_learns(steps):

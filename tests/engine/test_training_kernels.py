@@ -11,14 +11,13 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from tests.engine.test_kernels import WIDTHS, assert_near, numbers
 from tinkercloud.engine.torch.kernels.backward import (
     gated_backward,
-    log_softmax,
     rms_norm_backward,
     rotated_backward,
-    softmax_times,
 )
 from tinkercloud.engine.torch.kernels.causal import causal_attention, causal_attention_backward
 from tinkercloud.engine.torch.kernels.low_rank import AdapterRows, LowRank
 from tinkercloud.engine.torch.kernels.rows import MANY_ROWS, gated, rms_norm, rotated
+from tinkercloud.engine.torch.kernels.softmax import log_softmax, softmax_times
 
 MANY = MANY_ROWS + 39
 PARTS = [slice(0, 1), slice(3, 40), slice(MANY - 30, MANY)]

@@ -40,14 +40,14 @@ class FusedLinear:
 
     def __call__(self, x: Tensor, lora: LoraBatch) -> tuple[Tensor, Inner]:
         """The output, and what `backward` wants to know."""
-        output = frozen_product(x, self.weight, self.bias, lora)
+        output = frozen_product(x, self.weight, self.bias)
         return output, self._add_lora(x, lora, output)
 
     def added_to(self, residual: Tensor, x: Tensor, lora: LoraBatch) -> tuple[Tensor, Inner]:
         """residual [T, out] + the output of x."""
-        if lora.is_sampled:
-            output = frozen_product(x, self.weight, self.bias, lora).add_(residual)
-            return output, self._add_lora(x, lora, output)
+        if have_products(x):
+            output, inner = self(x, lora)
+            return output.add_(residual), inner
         output = torch.addmm(residual, x, self._weight_t)
         if self.bias is not None:
             output += self.bias

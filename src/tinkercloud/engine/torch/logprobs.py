@@ -13,14 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tinkercloud.engine.torch.kernels.backward import log_softmax, softmax_times
-from tinkercloud.engine.torch.kernels.compiled import have_kernels
 from tinkercloud.engine.torch.lora import LoraBatch, Segment, add_lora_gradients, inner_products
 from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.products import product
-
-BLOCK_BYTES = 2**20
-"""Of logits that are worked on at a time: they stay in a core's cache from one operation to the next."""
+from tinkercloud.engine.torch.softmax import log_softmax, softmax_times
 
 
 class _Chunk(NamedTuple):
@@ -51,7 +47,6 @@ class TargetLogprobs:
         """
         self._model, self._hidden, self._lora = model, hidden, lora
         self._max_rows = max(8, logits_bytes // (4 * model.info.vocab_size) // 8 * 8)
-        self._block_rows = max(8, BLOCK_BYTES // (4 * model.info.vocab_size))
         self._tokens = tokens
         self._rows, self._place = torch.unique_consecutive(rows, return_inverse=True)
         self._kept: Tensor | None = None
@@ -94,7 +89,7 @@ class TargetLogprobs:
             # d logits = onehot * d - softmax * (sum of the row's d)
             row_sum = torch.zeros(end - start, device=weight.device).index_add_(0, local, weight)
             row_sum.neg_()
-            self._exp_times(log_probabilities, row_sum)
+            softmax_times(log_probabilities, row_sum)
             d_logits = log_probabilities
             d_logits.view(-1).index_add_(0, local * d_logits.shape[1] + tokens[first:last], weight)
             d_logits = d_logits.to(self._hidden.dtype)
@@ -106,21 +101,7 @@ class TargetLogprobs:
         return d_hidden
 
     def _log_probabilities(self, rows: Tensor, lora: LoraBatch) -> Tensor:
-        logits = self._model.logits(self._hidden[rows], lora)
-        if have_kernels(logits):
-            log_softmax(logits)
-            return logits
-        for block in logits.split(self._block_rows):
-            block.copy_(block.log_softmax(dim=-1))
-        return logits
-
-    def _exp_times(self, log_probabilities: Tensor, factors: Tensor) -> None:
-        """Make exp(log_probabilities) * factors of [n, V] and [n] in the place of the first."""
-        if have_kernels(log_probabilities):
-            softmax_times(log_probabilities, factors)
-            return
-        for block, own in zip(log_probabilities.split(self._block_rows), factors.split(self._block_rows), strict=True):
-            block.exp_().mul_(own.unsqueeze(1))
+        return log_softmax(self._model.logits(self._hidden[rows], lora))
 
     def _chunks(self, rows: Tensor) -> list[_Chunk]:
         """Cut rows (increasing) into chunks of whole pieces. A piece is cut from one datum's rows alone, so that its

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from tinkercloud.engine.torch.kernels.compiled import have_kernels
 from tinkercloud.engine.torch.kernels.lora import add_low_rank
 from tinkercloud.engine.torch.kernels.low_rank import AdapterRows, LowRank
-from tinkercloud.engine.torch.kernels.products import few_rows_product, have_products
+from tinkercloud.engine.torch.kernels.products import have_products, weight_product
 from tinkercloud.engine.torch.products import add_product, add_products_of, product
 
 Pair = tuple[Tensor, Tensor]
@@ -218,7 +218,7 @@ class LoraLinear(nn.Module):
 
     def frozen_output(self, x: Tensor) -> Tensor:
         """The base model's own part, [..., out] of x [..., in]. Whoever overrides it overrides its gradient too."""
-        return frozen_product(x, self.weight, self.bias, self.current.batch)
+        return frozen_product(x, self.weight, self.bias)
 
     def frozen_input_gradient(self, d_output: Tensor) -> Tensor:
         """Its input's gradient [rows, in], of the output's [rows, out]."""
@@ -248,12 +248,12 @@ def add_lora(layer: LoraLinear, batch: LoraBatch, x: Tensor, output: Tensor) -> 
     return inner
 
 
-def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, batch: LoraBatch) -> Tensor:
-    """x W^T + bias, [..., out] of x [..., in], in a pass of this batch."""
-    if not (batch.is_sampled and have_products(x)):
+def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias, [..., out] of x [..., in]."""
+    if not have_products(x):
         return linear(x, weight, bias)
     rows = x if x.ndim == 2 else x.flatten(0, -2)
-    output = few_rows_product(rows.contiguous(), weight)
+    output = weight_product(rows.contiguous(), weight)
     if bias is not None:
         output += bias
     return output if x.ndim == 2 else output.view(*x.shape[:-1], -1)

@@ -19,6 +19,7 @@ from tinkercloud.engine.torch.sampling import (
     top_logprobs,
     without_distribution,
 )
+from tinkercloud.engine.torch.softmax import log_softmax
 
 DRAWN_SHARE = 4
 """One in so many of the rows of logits that may be there at a time is drawn from at a time: a draw needs the cumulative
@@ -76,12 +77,13 @@ class PromptScores:
     def take(self, start: int, hidden: Tensor, logits_of: Callable[[Tensor], Tensor], logit_rows: int) -> None:
         """Score from the hidden states [n, H] of positions start, start + 1, ...; `start` is at most `needed_from`.
 
-        `logits_of` gives logits [m, V] of hidden states [m, H]; it is asked for at most `logit_rows` rows at a time.
+        `logits_of` gives logits [m, V] of hidden states [m, H], which are overwritten; it is asked for at most
+        `logit_rows` rows at a time.
         """
         end = min(start + len(hidden), len(self._prompt) - 1)
         for first in range(self.needed_from, end, logit_rows):
             last = min(first + logit_rows, end)
-            distribution = logits_of(hidden[first - start : last - start]).log_softmax(-1)
+            distribution = log_softmax(logits_of(hidden[first - start : last - start]))
             self._score_tokens(first + 1, distribution)
             if self.targets is not None:
                 self.targets.score(first, distribution)

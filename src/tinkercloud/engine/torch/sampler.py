@@ -31,6 +31,7 @@ from tinkercloud.engine.torch.quarantine import Quarantine
 from tinkercloud.engine.torch.sampler_memory import memory_of
 from tinkercloud.engine.torch.sampling import check_params, draw, top_logprobs
 from tinkercloud.engine.torch.sequences import OpenedSampler, Request
+from tinkercloud.engine.torch.softmax import log_softmax
 from tinkercloud.engine.torch.state_cache import StateCache, state_bytes
 from tinkercloud.engine.torch.stopping import Tokenizer
 
@@ -309,7 +310,7 @@ class TorchSampler:
         uniforms = [sequence.random.random() for sequence, _ in turns]
         logits = self._model.logits(hidden, lora)
         plain = [row for row, (sequence, _) in enumerate(turns) if sequence.request.untempered]
-        untempered = logits[plain].log_softmax(-1) if plain else None  # before `draw` overwrites them
+        untempered = log_softmax(logits[plain]) if plain else None  # before `draw` overwrites them
         drawn = draw(logits, params, uniforms)
         raw_logprobs: dict[int, float] = {}
         if untempered is not None:

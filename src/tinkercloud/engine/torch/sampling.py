@@ -17,7 +17,8 @@ from torch import Tensor
 from tinkercloud.engine.operations import OperationError, SamplingParams
 from tinkercloud.engine.results import TopLogprobs
 from tinkercloud.engine.torch.kernels.compiled import have_kernels
-from tinkercloud.engine.torch.kernels.draws import BLOCK, drawn
+from tinkercloud.engine.torch.kernels.draws import drawn
+from tinkercloud.engine.torch.kernels.softmax import BLOCK
 
 NO_LOGPROB = -99999.0
 """In `TopLogprobs`, where a position has no distribution (SDK `SampleResponse`)."""
@@ -64,12 +65,12 @@ class Draw(NamedTuple):
     logits: Tensor
     """float32 [n, V] at its row's temperature, less their maximum."""
     normalizers: Tensor
-    """float64 [n, 1]: the logarithm of the sum of a row's exponentials."""
+    """float32 [n, 1]: the logarithm of the sum of a row's exponentials."""
 
     @property
     def distribution(self) -> Tensor:
         """float32 [n, V]: the log-probabilities that `logprobs` are from."""
-        return (self.logits - self.normalizers).float()
+        return self.logits - self.normalizers
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Draw:
@@ -90,7 +91,7 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[fl
     if filtered:
         weights = _filtered(logits[filtered], [params[index] for index in filtered])
         tokens[filtered] = _invert(weights, _block_sums(weights), [uniforms[index] for index in filtered])
-    logprobs = logits.gather(-1, tokens[:, None]).double().sub_(normalizers)[:, 0].float()
+    logprobs = (logits.gather(-1, tokens[:, None]) - normalizers)[:, 0]
     return Draw(tokens, logprobs, logits, normalizers)
 
 
@@ -121,7 +122,7 @@ def _drawn(logits: Tensor, temperatures: Tensor, uniforms: Sequence[float]) -> t
     sums = _block_sums(weights)
     # Greedy tokens are of the logits: their log-probabilities may round to a tie that is none.
     tokens = torch.where(temperatures == 0, logits.argmax(-1), _invert(weights, sums, uniforms))
-    return tokens, sums.sum(-1, keepdim=True).log_()
+    return tokens, sums.sum(-1, keepdim=True).log_().float()
 
 
 def _filtered(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -1,5 +1,4 @@
-"""The backward pass of what `rows` has, and of the softmax over a vocabulary: each in one pass over memory, its rows
-shared out to torch's threads."""
+"""The backward pass of what `rows` has: each in one pass over memory, its rows shared out to torch's threads."""
 
 from __future__ import annotations
 
@@ -21,20 +20,14 @@ from tinkercloud.engine.torch.kernels.vectors import (
     floats,
     fma,
     ints,
-    largest,
-    maximum,
     mul,
     neg,
     part,
-    part_or,
     splat,
     store_part,
     sub,
     total,
 )
-
-SUMMED = 1024
-"""Exponentials that are added up in float32; the sums of so many are in float64."""
 
 
 def rms_norm_backward(x: Tensor, weight: Tensor, eps: float, d_normed: Tensor, added: Tensor | None) -> Tensor:
@@ -74,18 +67,6 @@ def rotated_backward(
         projected.shape[1], cos.data_ptr(), cos.stride(0), sin.data_ptr(), sin.stride(0), *where,
     )  # fmt: skip
     return output
-
-
-def log_softmax(logits: Tensor) -> None:
-    """Make log-probabilities of logits [T, V], contiguous, in their place."""
-    assert logits.is_contiguous()
-    _log_softmax(logits.data_ptr(), *logits.shape)
-
-
-def softmax_times(log_probabilities: Tensor, factors: Tensor) -> None:
-    """Make exp(log_probabilities) * factors of [T, V] and [T] in the place of the first; both contiguous."""
-    assert log_probabilities.is_contiguous() and factors.is_contiguous()
-    _softmax_times(log_probabilities.data_ptr(), factors.data_ptr(), *log_probabilities.shape)
 
 
 @njit(inline="always")
@@ -195,41 +176,3 @@ def _rotated_backward(data_at):
                             _unnormed(x, weight, output, to, 2 * half * head, 2 * half, eps)
                     head += 1
         begin = next_part(data) * BLOCK
-
-
-@shared
-def _log_softmax(data_at):
-    data = ints(data_at)
-    logits, rows, width = floats(data[1]), data[2], data[3]
-    least = splat(np.float32(-np.inf))
-    row = next_part(data)
-    while row < rows:
-        first = row * width
-        tops = least
-        for column in range(0, width, LANES):
-            tops = maximum(part_or(logits, first + column, width - column, least), tops)
-        tops, whole = splat(largest(tops)), 0.0
-        for block in range(0, width, SUMMED):
-            sums = splat(np.float32(0))
-            for column in range(block, min(block + SUMMED, width), LANES):
-                sums = add(sums, exp(sub(part_or(logits, first + column, width - column, least), tops)))
-            whole += np.float64(total(sums))
-        lost = splat(np.float32(math.log(whole)))
-        for column in range(0, width, LANES):
-            left = width - column
-            store_part(logits, first + column, sub(sub(part(logits, first + column, left), tops), lost), left)
-        row = next_part(data)
-
-
-@shared
-def _softmax_times(data_at):
-    data = ints(data_at)
-    log_probabilities, factors, rows, width = floats(data[1]), floats(data[2]), data[3], data[4]
-    row = next_part(data)
-    while row < rows:
-        first, factor = row * width, splat(factors[row])
-        for column in range(0, width, LANES):
-            left = width - column
-            own = exp(part(log_probabilities, first + column, left))
-            store_part(log_probabilities, first + column, mul(own, factor), left)
-        row = next_part(data)

@@ -168,9 +168,9 @@ def _address(tensor: Tensor | None) -> int:
 @njit
 def _products(
     counters, phase, x_at, width, weight_at, columns, output_at, product, rows,
-    low_at, low_row, ranges, tables, scales, adapters, layer,
+    low_at, low_row, ranges, tables, adapters, layer,
 ):  # fmt: skip
-    """Parts of a product of all rows, and of each adapter's x A^T, scaled, of its own."""
+    """Parts of a product of all rows, and of each adapter's x A^T of its own."""
     size = block_of_columns(columns)
     blocks = (columns + size - 1) // size
     place = take(counters, phase)
@@ -185,15 +185,12 @@ def _products(
                 first, count, ranks = ranges[2 * adapter], ranges[2 * adapter + 1] - ranges[2 * adapter], matrices[2]
                 to = low_at + 4 * first * low_row
                 columns_of_product(x_at + 4 * first * width, matrices[0], to, count, width, ranks, 0, ranks)
-                low = floats(to)
-                for i in range(count * ranks):
-                    low[i] *= scales[adapter]
         place = take(counters, phase)
 
 
 @njit
 def _finish_rows(
-    output_at, columns, bias_at, product, first, end, low_at, low_row, of_rows, ranges, tables, layer
+    output_at, columns, bias_at, product, first, end, low_at, low_row, of_rows, ranges, tables, scales, layer
 ):  # fmt: skip
     """What rows [first, end) of a product lack: the bias, and B of their adapters."""
     output, bias = floats(output_at), floats(bias_at)
@@ -212,7 +209,7 @@ def _finish_rows(
             if matrices[0] != 0:
                 start = ranges[2 * adapter]
                 add_back(
-                    floats(low_at + 4 * start * low_row), floats(matrices[0]), ints(matrices[1]),
+                    floats(low_at + 4 * start * low_row), floats(matrices[0]), ints(matrices[1]), scales[adapter],
                     floats(output_at + 4 * start * columns), row - start, stop - start, matrices[2], matrices[3],
                     columns,
                 )  # fmt: skip
@@ -284,7 +281,7 @@ def _step(data_at):
             columns, to_at = products[4 * product + 2], products[4 * product + 3]
             _products(
                 counters, phase, products[4 * product], products[4 * product + 1], own[_WEIGHTS + product], columns,
-                to_at, product, rows, low_at, low_row, ranges, tables, scales, adapters, layer,
+                to_at, product, rows, low_at, low_row, ranges, tables, adapters, layer,
             )  # fmt: skip
             wait_for_all(data)
 
@@ -293,7 +290,7 @@ def _step(data_at):
                 first, end = place * TOGETHER, min(place * TOGETHER + TOGETHER, rows)
                 _finish_rows(
                     to_at, columns, own[_BIASES + product], product, first, end,
-                    low_at, low_row, of_rows, ranges, tables, layer,
+                    low_at, low_row, of_rows, ranges, tables, scales, layer,
                 )  # fmt: skip
                 for row in range(first, end):
                     at = row * hidden

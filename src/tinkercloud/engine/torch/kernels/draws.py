@@ -10,38 +10,19 @@ from numba import njit
 from torch import Tensor
 
 from tinkercloud.engine.torch.kernels.compiled import NUMBERS, next_part, shared
-from tinkercloud.engine.torch.kernels.vectors import (
-    LANES,
-    add,
-    div,
-    doubles,
-    exp,
-    floats,
-    ints,
-    largest,
-    load,
-    maximum,
-    part,
-    splat,
-    store,
-    store_part,
-    sub,
-    total,
-)
-
-BLOCK = 4 * LANES
-"""Ids whose weights are summed together before they are looked at one by one."""
+from tinkercloud.engine.torch.kernels.softmax import BLOCK, block_sum, largest_of
+from tinkercloud.engine.torch.kernels.vectors import LANES, doubles, exp, floats, ints, part, store
 
 
 def drawn(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """One token of each row of `logits` [n, V] at its temperature, float32 [n], 0 being greedy, by its number in
-    [0, 1), float64 [n]: tokens int64 [n] and the logarithms of the sums of the rows' exponentials, float64 [n, 1].
+    [0, 1), float64 [n]: tokens int64 [n] and the logarithms of the sums of the rows' exponentials, float32 [n, 1].
 
     Leaves in `logits` what they are less the row's largest, divided by the temperature (greedy: 1).
     """
     assert logits.is_contiguous() and temperatures.is_contiguous() and uniforms.is_contiguous()
     rows, vocab = logits.shape
-    tokens, normalizers = torch.empty(rows, dtype=torch.int64), torch.empty(rows, 1, dtype=torch.float64)
+    tokens, normalizers = torch.empty(rows, dtype=torch.int64), torch.empty(rows, 1)
     sums, scratch = torch.empty(rows, -(-vocab // BLOCK), dtype=torch.float64), torch.empty(rows, BLOCK)
     _drawn(
         logits.data_ptr(), temperatures.data_ptr(), uniforms.data_ptr(), tokens.data_ptr(), normalizers.data_ptr(),
@@ -50,35 +31,10 @@ def drawn(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> tuple[Tenso
     return tokens, normalizers
 
 
-@njit(inline="always")
-def _weights(logits, i, top, scale):
-    """Leave (logit - top) / scale in the place of each logit of a vector, and return their exponentials."""
-    own = div(sub(load(logits, i), splat(top)), splat(scale))
-    store(logits, i, own)
-    return exp(own)
-
-
-@njit(inline="always")
-def _last_weights(logits, i, left, top, scale, scratch):
-    """Likewise of fewer ids than a block has; to `scratch`, and 0 behind them."""
-    for lane in range(0, BLOCK, LANES):
-        store(scratch, lane, splat(np.float32(0)))
-    for lane in range(0, left, LANES):
-        own = div(sub(part(logits, i + lane, left - lane), splat(top)), splat(scale))
-        store_part(logits, i + lane, own, left - lane)
-        store_part(scratch, lane, exp(own), left - lane)
-
-
 @njit
 def _draw(logits, vocab, temperature, uniform, sums, blocks, scratch):
     """A token of one row and the logarithm of the sum of its exponentials."""
-    most = splat(np.float32(-np.inf))
-    for i in range(0, vocab - LANES + 1, LANES):
-        most = maximum(load(logits, i), most)
-    top = largest(most)
-    for i in range(vocab // LANES * LANES, vocab):
-        top = max(top, logits[i])
-    token = 0
+    top, token = largest_of(logits, vocab), 0
     if temperature == 0:
         for i in range(vocab):
             if logits[i] == top:
@@ -87,17 +43,7 @@ def _draw(logits, vocab, temperature, uniform, sums, blocks, scratch):
     scale = np.float32(1) if temperature == 0 else temperature
     whole = 0.0
     for block in range(blocks):
-        i, left = block * BLOCK, vocab - block * BLOCK
-        if left >= BLOCK:
-            weights_0 = _weights(logits, i, top, scale)
-            weights_1 = _weights(logits, i + LANES, top, scale)
-            weights_2 = _weights(logits, i + 2 * LANES, top, scale)
-            weights_3 = _weights(logits, i + 3 * LANES, top, scale)
-        else:
-            _last_weights(logits, i, left, top, scale, scratch)
-            weights_0, weights_1 = load(scratch, 0), load(scratch, LANES)
-            weights_2, weights_3 = load(scratch, 2 * LANES), load(scratch, 3 * LANES)
-        own = np.float64(total(add(add(weights_0, weights_1), add(weights_2, weights_3))))
+        own = block_sum(logits, vocab, block * BLOCK, top, scale)
         sums[block] = own
         whole += own
     if temperature == 0:
@@ -123,12 +69,13 @@ def _draw(logits, vocab, temperature, uniform, sums, blocks, scratch):
 def _drawn(data_at):
     data, numbers = ints(data_at), ints(data_at + 8 * NUMBERS)
     logits_at, temperatures, uniforms = numbers[0], floats(numbers[1]), doubles(numbers[2])
-    tokens, normalizers = ints(numbers[3]), doubles(numbers[4])
+    tokens, normalizers = ints(numbers[3]), floats(numbers[4])
     rows, vocab, blocks = numbers[7], numbers[8], numbers[9]
     row = next_part(data)
     while row < rows:
-        tokens[row], normalizers[row] = _draw(
+        tokens[row], normalizer = _draw(
             floats(logits_at + 4 * row * vocab), vocab, temperatures[row], uniforms[row],
             doubles(numbers[5] + 8 * row * blocks), blocks, floats(numbers[6] + 4 * row * BLOCK),
         )  # fmt: skip
+        normalizers[row] = np.float32(normalizer)
         row = next_part(data)

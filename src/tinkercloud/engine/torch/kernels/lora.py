@@ -39,8 +39,9 @@ def add_low_rank(x: Tensor, a: Tensor, places: Tensor, scale: float, output: Ten
 
 
 @njit
-def add_back(low, a, places, output, first_row, end_row, ranks, count, output_row):
-    """Add low B^T to rows of the output, low [rows, ranks] being scale * (x A^T) of the same rows."""
+def add_back(low, a, places, scale, output, first_row, end_row, ranks, count, output_row):
+    """Add scale * low B^T to rows of the output, low [rows, ranks] being x A^T of the same rows."""
+    scale, zero = splat(scale), splat(np.float32(0))
     own_ranks = ranks // count
     four = end_row - (end_row - first_row) % 4
     for number in range(count):
@@ -51,25 +52,24 @@ def add_back(low, a, places, output, first_row, end_row, ranks, count, output_ro
             to_1, to_2, to_3 = to_0 + output_row, to_0 + 2 * output_row, to_0 + 3 * output_row
             low_1, low_2, low_3 = low_0 + ranks, low_0 + 2 * ranks, low_0 + 3 * ranks
             for i in range(0, whole, LANES):
-                sum_0, sum_1 = load(output, to_0 + i), load(output, to_1 + i)
-                sum_2, sum_3 = load(output, to_2 + i), load(output, to_3 + i)
+                sum_0 = sum_1 = sum_2 = sum_3 = zero
                 for rank in range(own_ranks):
                     own = load(a, b + rank * columns + i)
                     sum_0 = fma(splat(low[low_0 + rank]), own, sum_0)
                     sum_1 = fma(splat(low[low_1 + rank]), own, sum_1)
                     sum_2 = fma(splat(low[low_2 + rank]), own, sum_2)
                     sum_3 = fma(splat(low[low_3 + rank]), own, sum_3)
-                store(output, to_0 + i, sum_0)
-                store(output, to_1 + i, sum_1)
-                store(output, to_2 + i, sum_2)
-                store(output, to_3 + i, sum_3)
+                store(output, to_0 + i, fma(sum_0, scale, load(output, to_0 + i)))
+                store(output, to_1 + i, fma(sum_1, scale, load(output, to_1 + i)))
+                store(output, to_2 + i, fma(sum_2, scale, load(output, to_2 + i)))
+                store(output, to_3 + i, fma(sum_3, scale, load(output, to_3 + i)))
         for row in range(first_row, end_row):
             to, first = row * output_row + column, row * ranks + number * own_ranks
             for i in range(whole if row < four else 0, columns, LANES):
-                sums = part(output, to + i, columns - i)
+                sums, left = zero, columns - i
                 for rank in range(own_ranks):
-                    sums = fma(splat(low[first + rank]), part(a, b + rank * columns + i, columns - i), sums)
-                store_part(output, to + i, sums, columns - i)
+                    sums = fma(splat(low[first + rank]), part(a, b + rank * columns + i, left), sums)
+                store_part(output, to + i, fma(sums, scale, part(output, to + i, left)), left)
 
 
 @kernel("void(int64,int64,int64,int64,int64,int64,int64,int64,int64,int64,float32)")
@@ -98,10 +98,10 @@ def _add_low_rank(x_at, a_at, places_at, low_at, output_at, rows, width, ranks, 
                 sum_1 = fma(part(x, x_1 + whole, left), own, sum_1)
                 sum_2 = fma(part(x, x_2 + whole, left), own, sum_2)
                 sum_3 = fma(part(x, x_3 + whole, left), own, sum_3)
-            low[row * ranks + rank] = total(sum_0) * scale
-            low[(row + 1) * ranks + rank] = total(sum_1) * scale
-            low[(row + 2) * ranks + rank] = total(sum_2) * scale
-            low[(row + 3) * ranks + rank] = total(sum_3) * scale
+            low[row * ranks + rank] = total(sum_0)
+            low[(row + 1) * ranks + rank] = total(sum_1)
+            low[(row + 2) * ranks + rank] = total(sum_2)
+            low[(row + 3) * ranks + rank] = total(sum_3)
     for row in range(four, rows):
         for rank in range(ranks):
             sums = zero
@@ -110,5 +110,5 @@ def _add_low_rank(x_at, a_at, places_at, low_at, output_at, rows, width, ranks, 
             if whole < width:
                 left = width - whole
                 sums = fma(part(x, row * width + whole, left), part(a, rank * width + whole, left), sums)
-            low[row * ranks + rank] = total(sums) * scale
-    add_back(low, a, places, output, 0, rows, ranks, count, output_row)
+            low[row * ranks + rank] = total(sums)
+    add_back(low, a, places, scale, output, 0, rows, ranks, count, output_row)
