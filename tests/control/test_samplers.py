@@ -38,7 +38,8 @@ def test_acknowledged_results_go_and_nobody_elses(serving, run):
             step = await client.send("forward_backward", ForwardBackward(client.model.model_id, BATCH, "cross_entropy"))
             await client.result(step)
             named = [mine[0].request_id, theirs.request_id, step.request_id, "nonsense", ":"]
-            await service.futures.acknowledge(one, named)
+            told = await service.futures.completions(one, 0, 0, named, timeout=0)
+            assert {each.request_id for each in told} == {each.request_id for each in mine}
             assert await service._ledger.expire(time.time() + 300) == 1
             with pytest.raises(Ended):
                 await service.futures.outcome(mine[0].request_id, OWNER, 0)
@@ -143,7 +144,7 @@ def test_an_accepted_sample_keeps_its_weights(serving, run, tmp_path):
             stopped = await sample(service, extra, 0, max_tokens=400)
             await service.models.withdraw(NANO)
             await service.samplers.cancel(dropped.request_id, OWNER)
-            polled = asyncio.create_task(service.futures.completions(extra, 0, 0, timeout=60))
+            polled = asyncio.create_task(service.futures.completions(extra, 0, 0, (), timeout=60))
             await asyncio.sleep(0.05)
             await service.operator.stop_sampler(extra.sampler_id)
             assert [ended.request_id for ended in await asyncio.wait_for(polled, 10)] == [stopped.request_id]

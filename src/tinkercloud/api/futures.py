@@ -21,14 +21,6 @@ router = APIRouter(tags=["futures"])
 COMPLETIONS_SECONDS = 25
 """How long retrieve_futures waits where the client leaves it open; the SDK's own limit is 45 s."""
 
-LINGER_SECONDS = 2
-"""How long a poll that waits for nothing (`timeout` 0) is kept while its client still fetches what it was told of.
-
-The SDK, whose own limit for these polls is 5 s, sends one as soon as it has heard of the last sample that it waits
-for, and one more when it has fetched it. Kept, the first also hears of the next sample: where samples are asked for one
-after the other, that is one poll for each in the place of three.
-"""
-
 
 @router.post("/retrieve_future", openapi_extra=body_of(wire.RetrieveFuture), response_model=None)
 async def retrieve_future(request: Request, service: ServiceOf, owner: Owner) -> Response:
@@ -66,14 +58,9 @@ async def retrieve_futures(request: Request, service: ServiceOf, owner: Owner) -
     """
     given = await read(request, wire.RetrieveFutures)
     sampler = await service.samplers.get(given.target.sampling_session_id, owner)
-    await service.futures.acknowledge(sampler, given.retrieved_request_ids)
     client, cursor = given.target.cloned_sampler_id, given.prev_cursor
     seconds = COMPLETIONS_SECONDS if given.timeout is None else min(max(given.timeout, 0), COMPLETIONS_SECONDS)
-    if seconds == 0:
-        newest = await service.futures.completed_at(sampler, client, cursor)
-        if newest is not None and newest.request_id not in given.retrieved_request_ids:
-            seconds = LINGER_SECONDS
-    ended = await service.futures.completions(sampler, client, cursor, seconds)
+    ended = await service.futures.completions(sampler, client, cursor, given.retrieved_request_ids, seconds)
     completions = [
         {"state": "failed", "request_id": entry.request_id}
         if entry.state != "done"

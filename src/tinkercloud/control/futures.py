@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from tinkercloud.codec import decode
 from tinkercloud.control.arrivals import Arrivals, within
@@ -12,6 +12,14 @@ from tinkercloud.control.sampler_desk import client_key
 from tinkercloud.errors import Ended, NotFound
 from tinkercloud.ledger.ledger import Ledger
 from tinkercloud.ledger.records import Entry, ModelRecord, Outcome, SamplerRecord
+
+LINGER_SECONDS = 2
+"""How long a poll that waits for nothing (`timeout` 0) is kept while its client still fetches what it was told of.
+
+The SDK, whose own limit for these polls is 5 s, sends one as soon as it has heard of the last sample that it waits
+for, and one more when it has fetched it. Kept, the first also hears of the next sample: where samples are asked for one
+after the other, that is one poll for each in the place of three.
+"""
 
 
 class Futures:
@@ -65,29 +73,35 @@ class Futures:
             "sample begins when its turn comes, after others of its session and beside those of other sessions"
         )
 
-    async def acknowledge(self, sampler: SamplerRecord, request_ids: Iterable[str]) -> None:
-        """The client has these results of samples of this sampler, so they need not be kept. Ids of anything else are
-        ignored."""
-        for request_id in request_ids:
+    async def completions(
+        self, sampler: SamplerRecord, client: int, told: int, retrieved: Collection[str], timeout: float
+    ) -> list[Entry]:
+        """Ended samples of one client of a sampler, in order of completion, behind `told`, the last one that it knows
+        of; waits for the first one.
+
+        Results of the `retrieved` requests have reached the client, so they need not be kept. Ids of anything else are
+        ignored.
+        """
+        for request_id in retrieved:
             if request_id.rpartition(":")[0] == sampler.sampler_id:
                 await self._ledger.retrieved(request_id, acknowledged=True)
-
-    async def completions(self, sampler: SamplerRecord, client: int, after: int, timeout: float) -> list[Entry]:
-        """Ended samples of one client of a sampler, in order of completion, after a cursor; waits for the first one."""
+        if timeout == 0 and await self._is_being_fetched(sampler, client, told, retrieved):
+            timeout = LINGER_SECONDS
         deadline = time.monotonic() + timeout
         while True:
             with self._arrivals.listen(client_key(sampler.sampler_id, client)) as arrived:
-                ended = await self._ledger.completions(sampler.sampler_id, client, after)
+                ended = await self._ledger.completions(sampler.sampler_id, client, told)
                 if ended or time.monotonic() >= deadline or self._arrivals.closed:
                     return ended
                 await within(arrived, deadline - time.monotonic())
 
-    async def completed_at(self, sampler: SamplerRecord, client: int, completion: int) -> Entry | None:
-        """The sample of this client that a cursor stands at; None at the beginning, 0, or if it is another client's."""
-        if completion == 0:
-            return None
-        ended = await self._ledger.completions(sampler.sampler_id, client, completion - 1)
-        return ended[0] if ended and ended[0].completion == completion else None
+    async def _is_being_fetched(
+        self, sampler: SamplerRecord, client: int, completion: int, retrieved: Collection[str]
+    ) -> bool:
+        """Whether the sample of this client that a cursor stands at is none of those that were retrieved. None is at
+        the beginning, 0, or if it is another client's."""
+        ended = await self._ledger.completions(sampler.sampler_id, client, completion - 1) if completion else []
+        return bool(ended) and ended[0].completion == completion and ended[0].request_id not in retrieved
 
     async def _owned_entry(self, request_id: str, owner: str) -> Entry:
         entry = await self._ledger.entry(request_id)
