@@ -129,6 +129,16 @@ def test_a_flood_of_samples_leaves_training_half_of_the_time(told):
     assert all(isinstance(one.result, SampleOutput) for one in said if isinstance(one, Answer))
 
 
+@pytest.mark.parametrize(("step", "steps_after_each"), [(4, [3, 2, 3, 2, 3]), (6, [2, 2, 1, 2, 2]), (25, [1] * 5)])
+def test_a_turn_that_took_too_long_is_made_up_for(step, steps_after_each, told, monkeypatch):
+    """Steps that are no fraction of a micro-batch; of longer ones there is always one."""
+    monkeypatch.setattr(f"{__name__}.STEP", step)
+    happened, _ = told(CREATE, *asked(1, 100), training())
+    first, last = happened.index("train"), len(happened) - happened[::-1].index("train")
+    turns = "".join(event[0] for event in happened[first:last]).split("t")
+    assert [len(steps) for steps in turns[1:-1]] == steps_after_each
+
+
 def test_samples_go_on_while_a_save_waits_for_the_disk(told, monkeypatch, tmp_path):
     publish = Draft.publish
 

@@ -61,9 +61,10 @@ class Engine:
     """Shares one device between a trainer and a sampler.
 
     The policy: while both have work they get equal shares of time. After each training micro-batch the sampler runs
-    steps for as long as that micro-batch took (at least one), so the time between two tokens of a sequence is bounded
-    by one micro-batch, and a flood of samples can at most halve training's speed. Micro-batches are short while there
-    are samples, and for a moment after the last one came. Samples go on while a save waits for the disk.
+    steps for as long as that micro-batch took (at least one; what the last one took too long is taken off its next
+    turn), so the time between two tokens of a sequence is bounded by one micro-batch, and a flood of samples can at
+    most halve training's speed. Micro-batches are short while there are samples, and for a moment after the last one
+    came. Samples go on while a save waits for the disk.
     """
 
     def __init__(self, trainer: Trainer, sampler: Sampler, sock: socket.socket, inbox: queue.SimpleQueue[ToEngine]):
@@ -75,6 +76,8 @@ class Engine:
         self._asks: dict[str, int] = {}
         self._stopping = False
         self._turn_started = 0.0
+        self._overdrawn = 0.0
+        """Seconds that the sampler's last turn took too long, at most what it was for."""
         self._steps: list[tuple[float, float]] = []
         self._said = 0.0
         self._asked = float("-inf")
@@ -104,7 +107,7 @@ class Engine:
     def _run_cycle(self, cycle: RunCycle) -> None:
         operations = [decode(payload, TrainOperation) for payload in cycle.operations]
         self._steps.clear()
-        self._turn_started = time.monotonic()
+        self._turn_started, self._overdrawn = time.monotonic(), 0.0
         results = self._trainer.run(operations, self)
         self._note_step(time.monotonic())
         self._send(CycleDone(cycle.cycle_id, tuple(results), self._trainer.adapter_memory, tuple(self._steps)))
@@ -124,7 +127,8 @@ class Engine:
         started = time.monotonic()
         self._note_step(started)
         self._has_come_further(started)
-        share = started - self._turn_started
+        micro_batch = started - self._turn_started
+        share = micro_batch - self._overdrawn
         self._take_messages(wait=False)
         while self._sampler.busy:
             self._step_sampler()
@@ -132,6 +136,7 @@ class Engine:
             if time.monotonic() - started >= share:
                 break
         self._turn_started = time.monotonic()
+        self._overdrawn = min(max(0.0, self._turn_started - started - share), micro_batch)
 
     def _step_sampler(self) -> None:
         for request_id, result in self._sampler.step():
