@@ -23,9 +23,9 @@ ROW_MULTIPLE = 8
 """Rows of a micro-batch are filled up to a multiple of this, or of more where a model asks for it; products of other
 row counts may use other kernels."""
 
-TILE_TOKENS = 512
-"""Most tokens of a tile, longer datums aside: a micro-batch can be as short as that. From here on a pass costs hardly
-less for each token."""
+TILE_TOKENS = 256
+"""Most tokens of a tile, longer datums aside: a micro-batch can be as short as that. Passes of twice as many take a tenth
+less for each token, still longer ones no less."""
 
 LANES = 32
 """Numbers that an elementwise function takes at a time (two AVX-512 vectors). What is left over at the end it takes one
