@@ -160,17 +160,38 @@ def test_tokens_a_day(tenants, monkeypatch):
 
 def test_many_samples_at_once_have_one_limit(tenants):
     async def story():
-        session = await user(tenants, "grace", max_daily_tokens=7)
+        session = await user(tenants, "sybil", max_daily_tokens=7)
         made = {"session_id": session, "sampling_session_seq_id": 0, "base_model": NANO}
-        sampler = await tenants.post("/create_sampling_session", "grace", **made)
+        sampler = await tenants.post("/create_sampling_session", "sybil", **made)
         sample = {
             "sampling_session_id": sampler["sampling_session_id"],
             "prompt": {"chunks": [{"type": "encoded_text", "tokens": [5, 6]}]},
             "sampling_params": {"max_tokens": 1},
         }
-        asked = (tenants.ask("grace", "POST", "/asample", sample | {"seq_id": seq_id}) for seq_id in range(8))
+        asked = (tenants.ask("sybil", "POST", "/asample", sample | {"seq_id": seq_id}) for seq_id in range(8))
         statuses = [answer.status_code for answer in await asyncio.gather(*asked)]
         assert sorted(statuses) == [200] * 3 + [403] * 5
+
+    tenants.run(story())
+
+
+def test_what_was_drawn_counts_at_once(tenants):
+    """And not when what has been used is looked up again."""
+
+    async def story():
+        session = await user(tenants, "trent", max_daily_tokens=30)
+        made = {"session_id": session, "sampling_session_seq_id": 0, "base_model": NANO}
+        sampler = await tenants.post("/create_sampling_session", "trent", **made)
+        sample = {
+            "sampling_session_id": sampler["sampling_session_id"],
+            "prompt": {"chunks": [{"type": "encoded_text", "tokens": [5, 6]}]},
+            "sampling_params": {"max_tokens": 20, "stop": []},
+        }
+        for seq_id in range(2):
+            drawn = await tenants.post("/asample", "trent", **sample, seq_id=seq_id)
+            assert "sequences" in await tenants.result(drawn, "trent")
+        refused = await tenants.ask("trent", "POST", "/asample", sample | {"seq_id": 2})
+        assert refused.status_code == 403 and "used 44 tokens" in refused.text
 
     tenants.run(story())
 

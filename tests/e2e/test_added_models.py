@@ -81,7 +81,7 @@ def test_an_added_model_is_served_until_it_is_removed(server, tmp_path, folder):
     assert "metrics" in run.result(by_hand["request_id"])
 
     assert "1 training run that has not ended waits for it" in models(server, "remove", MINE)
-    assert "No training run" in models(server, "remove", OTHER), "also one that the start could not serve"
+    assert "Nothing waits for it" in models(server, "remove", OTHER), "also one that the start could not serve"
     assert server.stop() == 0
     assert server.log.read_text().endswith("Stopped; everything is on disk.\n")
     server.start()

@@ -39,7 +39,7 @@ def adapter():
 
 @pytest.fixture(scope="module")
 def folder(adapter, tmp_path_factory):
-    target = tmp_path_factory.mktemp("peft") / "mine"
+    target = tmp_path_factory.mktemp("peft") / "mine:0"
     adapter.save_pretrained(target)
     return target
 
@@ -48,7 +48,7 @@ def test_an_imported_adapter_gives_pefts_logprobs_and_trains_on(server, client, 
     done = import_folder(server, folder, "--base-model", "tinkercloud/nano")
     assert done.returncode == 0, done.stderr
     path = done.stdout.strip()
-    assert path.startswith("tinker://") and path.endswith("/weights/mine")
+    assert path.startswith("tinker://") and path.endswith("/weights/mine_0")
     listed = command("checkpoints", "list", "--url", server.url, COLUMNS="40").stdout.splitlines()
     assert path in [line.split()[0] for line in listed]
     run_id = path.split("/")[2]

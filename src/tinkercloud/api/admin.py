@@ -88,9 +88,10 @@ async def add_model(request: Request, service: ServiceOf) -> dict[str, Any]:
 
 @router.delete("/models/{name:path}", dependencies=[Depends(Event("base_model_remove"))])
 async def remove_model(name: str, service: ServiceOf) -> dict[str, Any]:
-    """Stop serving a base model after what is running on it, and forget that it was added; its training runs wait for
-    a model of its name, and its checkpoints stay on disk."""
-    return {"name": name, "waiting_runs": await service.models.remove(name)}
+    """Stop serving a base model after the training step that is running on it, and forget that it was added; its
+    training runs and samples wait for a model of its name, and its checkpoints stay on disk."""
+    waiting = await service.models.remove(name)
+    return {"name": name, "waiting_runs": waiting.runs, "waiting_sequences": waiting.sequences}
 
 
 @router.post(

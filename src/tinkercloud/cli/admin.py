@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import ssl
 from datetime import datetime
 from pathlib import Path
@@ -82,15 +83,21 @@ def add_model(
 @models.command("remove")
 def remove_model(name: Annotated[str, typer.Argument(help="As `models list` shows it.")], url: Url = None) -> None:
     """Stop serving a base model, and forget it if it was added; its training runs and checkpoints stay on disk."""
-    runs = _ask(url, "DELETE", f"/api/v1/admin/models/{quote(name)}", "waiting_runs")["waiting_runs"]
-    out.print(f"{name} is no longer served. {_waiting(runs)}", soft_wrap=True)
+    answer = _ask(url, "DELETE", f"/api/v1/admin/models/{quote(name)}", "waiting_runs")
+    waiting = _waiting(answer["waiting_runs"], answer["waiting_sequences"])
+    out.print(f"{name} is no longer served. {waiting}", soft_wrap=True)
 
 
-def _waiting(runs: int) -> str:
-    if not runs:
-        return "No training run waits for it."
-    wait = "1 training run that has not ended waits" if runs == 1 else f"{runs} training runs that have not ended wait"
-    return f"{wait} for it from now on: clients go on when a model of this name is served again."
+def _waiting(runs: int, sequences: int) -> str:
+    if not runs and not sequences:
+        return "Nothing waits for it."
+    each = []
+    if runs:
+        each.append("1 training run that has not ended" if runs == 1 else f"{runs} training runs that have not ended")
+    if sequences:
+        each.append("1 sequence to draw" if sequences == 1 else f"{sequences} sequences to draw")
+    wait = "waits" if runs + sequences == 1 else "wait"
+    return f"{' and '.join(each)} {wait} for it from now on: clients go on when a model of this name is served again."
 
 
 @checkpoints.command("list")
@@ -126,7 +133,10 @@ def import_checkpoint(
     base_model: Annotated[
         str | None, typer.Option(help="The served base model that it belongs to; without it, the one it names.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The checkpoint's name; without it, the folder's.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="The checkpoint's name; without it, the folder's, with _ for what no name may have."),
+    ] = None,
     url: Url = None,
 ) -> None:
     """Import an adapter that was trained elsewhere, to sample from or to train on."""
@@ -134,7 +144,8 @@ def import_checkpoint(
         raise CommandError(
             f"{folder} has no adapter_config.json; give the folder that PEFT's `save_pretrained` has written"
         )
-    body = {"folder": str(folder.resolve()), "base_model": base_model, "name": name or folder.resolve().name}
+    name = name or re.sub(r"[^\w.+=@,-]+", "_", folder.resolve().name, flags=re.ASCII)
+    body = {"folder": str(folder.resolve()), "base_model": base_model, "name": name}
     answer = _ask(url, "POST", "/api/v1/admin/checkpoints/import", "path", body)
     out.print(answer["path"], soft_wrap=True)
 
@@ -160,7 +171,10 @@ def list_sessions(
                 what = f"training run of {run['base_model']}, {done} operation{'s' * (done != 1)}"
                 rows.append((f"  {run['model_id']}", "", run["state"], "", what))
             for sampler in session["samplers"]:
-                rows.append((f"  {sampler['sampler_id']}", "", "", "", f"sampler of {sampler['base_model']}"))
+                what = f"sampler of {sampler['base_model']}"
+                if count := sampler["sequences"]:
+                    what += f", {count} sequence{'s' * (count != 1)} to draw"
+                rows.append((f"  {sampler['sampler_id']}", "", "", "", what))
     if not rows[1:]:
         err.print("No sessions.")
         return

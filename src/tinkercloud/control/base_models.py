@@ -40,6 +40,15 @@ class Served(NamedTuple):
     desk: SamplerDesk
 
 
+class Waiting(NamedTuple):
+    """What goes on when a base model is served again."""
+
+    runs: int
+    """Training runs that have not ended."""
+    sequences: int
+    """Of samples, accepted and not ended."""
+
+
 class BaseModels:
     """All base models of a server, by the names that clients use."""
 
@@ -217,16 +226,17 @@ class BaseModels:
         await self._memory.add(model)
         return engine.state
 
-    async def remove(self, name: str) -> int:
-        """Stop serving a base model, and forget that it was added; how many training runs wait for it from now on.
-        NotFound."""
+    async def remove(self, name: str) -> Waiting:
+        """Stop serving a base model, and forget that it was added; what waits for it from now on. NotFound."""
         was_added = await self._memory.forget(name)
+        sequences = 0
         if name in self._served:
+            sequences = self.get(name).desk.pending
             await self.withdraw(name)
         elif not was_added:
             there = ", ".join(sorted({*self._served, *self._memory.added})) or "none"
             raise NotFound(f"there is no base model {name!r:.300}; there are: {there}")
-        return await self._ledger.count(ModelRecord, base_model=name, state="live")
+        return Waiting(await self._ledger.count(ModelRecord, base_model=name, state="live"), sequences)
 
     async def withdraw(self, name: str) -> None:
         """Stop serving a base model after its running cycle. Its training runs stay on disk and go on when a model of

@@ -10,6 +10,7 @@ from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.futures import Futures
 from tinkercloud.control.run_end import stopped
 from tinkercloud.control.runs import TrainingRuns
+from tinkercloud.control.sampler_desk import NUM_SAMPLES
 from tinkercloud.control.sampler_keeper import SamplerKeeper
 from tinkercloud.control.samplers import Samplers
 from tinkercloud.control.sessions import Sessions
@@ -121,5 +122,16 @@ class Operator:
                 {"model_id": m.model_id, "base_model": m.base_model, "state": m.state, "applied_seq": m.applied_seq}
                 for m in models
             ],
-            "samplers": [{"sampler_id": s.sampler_id, "base_model": s.base_model} for s in samplers],
+            "samplers": [
+                {
+                    "sampler_id": s.sampler_id,
+                    "base_model": s.base_model,
+                    "sequences": await self._sequences(s.sampler_id),
+                }
+                for s in samplers
+            ],
         }
+
+    async def _sequences(self, sampler_id: str) -> int:
+        """Accepted and not ended."""
+        return sum(entry.details.get(NUM_SAMPLES, 1) for entry in await self._ledger.pending(sampler_id))

@@ -70,7 +70,8 @@ class Preparation:
         if isinstance(details, SaveDetails) and not details.overwrite:
             path = checkpoint_path(run.model_id, details.kind, details.name)
             if await self._ledger.get(CheckpointRecord, path) is not None:
-                return Failure(f"{path} exists already; choose another name, or save with overwrite=True", "user")
+                or_else = ", or save with overwrite=True" if details.kind == "training" else ""
+                return Failure(f"{path} exists already; choose another name{or_else}", "user")
         return None
 
     async def _with_cause(self, failure: Failure, lacks: Entry | None) -> Failure:

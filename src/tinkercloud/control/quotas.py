@@ -21,7 +21,7 @@ from tinkercloud.ledger.records import KeyRecord, ModelRecord
 
 DAY_SECONDS = 86400
 KNOWN_SECONDS = 1.0
-"""How long what an owner has used is taken for known; what is let in meanwhile is added to it."""
+"""How long what an owner has used is taken for known; what is let in and what is drawn meanwhile is added to it."""
 
 RETRY_SECONDS = 15
 """When to ask again for a training run; a session that is closed or silent frees its own within two minutes."""
@@ -33,6 +33,8 @@ class _Used(Struct):
     tokens: int
     day: float
     read_at: float
+    sampled: int
+    """Of all that were drawn since the server's start, those that `tokens` has."""
 
 
 class Quotas:
@@ -90,11 +92,12 @@ class Quotas:
         """What has been computed, and what was accepted and has still to be."""
         now = self._clock()
         day = now // DAY_SECONDS * DAY_SECONDS
-        known = self._used.get(owner)
+        known, accounts = self._used.get(owner), self._ledger.accounts
         if known is None or known.day != day or now - known.read_at > KNOWN_SECONDS:
-            accounts = self._ledger.accounts
             tokens = await accounts.tokens_since(day, owner) + await accounts.pending_tokens(owner)
-            known = self._used[owner] = _Used(tokens, day, now)
+            known = self._used[owner] = _Used(tokens, day, now, accounts.sampled[owner])
+        known.tokens += accounts.sampled[owner] - known.sampled
+        known.sampled = accounts.sampled[owner]
         return known
 
 

@@ -73,6 +73,7 @@ class SamplerDesk:
         self._closing: set[str] = set()
         """Samplers to close when their last sample has ended."""
         self._waits_in: dict[str, EngineHandle] = {}
+        self._died_in: EngineHandle | None = None
         """Samplers whose samples wait for other weights than the engine's."""
         self._deaths: Counter[str] = Counter()
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -236,7 +237,7 @@ class SamplerDesk:
                         return await self._sample_in(engine, request_id, payload, sampler)
                 except EngineDied as error:
                     self._deaths[request_id] += 1
-                    log.error("%s; sample %s runs again on the next one", error, request_id)
+                    self._say_that_it_died(engine, error, request_id)
             if not has_its_weights:
                 # The next engine may have been loaded from what its base model was before.
                 self._say_what_it_waits_for(sampler, engine)
@@ -249,6 +250,14 @@ class SamplerDesk:
                 )
         await self._cancelled[request_id].wait()  # else it waits for a server that can load the model
         return CANCELLED
+
+    def _say_that_it_died(self, engine: EngineHandle, error: EngineDied, request_id: str) -> None:
+        """Once for all samples that were in it, and of each that may be the reason."""
+        if self._died_in is not engine:
+            self._died_in = engine
+            log.error("%s; the samples in it run again on the next one", error)
+        if self._deaths[request_id] >= MAX_DEATHS:
+            log.error("sample %s was in %d engines that died; it runs beside few others", request_id, MAX_DEATHS)
 
     def _say_what_it_waits_for(self, sampler: SamplerRecord, engine: EngineHandle) -> None:
         """Once for all samples of a sampler: they were accepted before it was known, and an SDK does not say it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from sqlalchemy import Connection, and_, func, or_, select, union_all
 
 from tinkercloud.ledger import stored, usage
@@ -15,6 +17,8 @@ class Accounts:
 
     def __init__(self, readers: Readers) -> None:
         self._readers = readers
+        self.sampled: Counter[str] = Counter()
+        """Tokens that were drawn for each owner since the start: what `tokens_since` finds has them too."""
 
     async def usage(self, start: float, end: float, owner: str | None = None) -> list[Usage]:
         """What was computed in the hours that begin in [start, end), for one owner or for all, oldest first."""

@@ -192,6 +192,8 @@ class Ledger:
 
         def then(entry: Entry) -> None:
             self._recent.completed(entry, outcome)
+            if tokens and of:
+                self.accounts.sampled[of.owner] += tokens.get("sample", 0)
             self._recent.changed(ModelRecord, (entry.stream,))
             for record in also:
                 self._recent.changed(type(record), catalog.key_of(record))

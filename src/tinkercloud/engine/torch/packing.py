@@ -24,8 +24,8 @@ ROW_MULTIPLE = 8
 row counts may use other kernels."""
 
 TILE_TOKENS = 256
-"""Most tokens of a tile, longer datums aside: a micro-batch can be as short as that. Passes of twice as many take a tenth
-less for each token, still longer ones no less."""
+"""Most tokens of a tile, longer datums aside: a micro-batch can be as short as that. Passes of twice as many take a
+tenth less for each token, still longer ones no less."""
 
 LANES = 32
 """Numbers that an elementwise function takes at a time (two AVX-512 vectors). What is left over at the end it takes one
