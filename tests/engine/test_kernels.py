@@ -15,7 +15,7 @@ from tinkercloud.engine.torch.kernels.compiled import SOURCES
 from tinkercloud.engine.torch.kernels.draws import drawn
 from tinkercloud.engine.torch.kernels.lora import add_low_rank
 from tinkercloud.engine.torch.kernels.paged import attended, write
-from tinkercloud.engine.torch.kernels.products import weight_product
+from tinkercloud.engine.torch.kernels.products import WIDTH_BLOCK, weight_product
 from tinkercloud.engine.torch.kernels.rows import gated, rms_norm, rotated
 from tinkercloud.engine.torch.sampling import _drawn
 from tinkercloud.engine.torch.sources import digest_of
@@ -140,7 +140,7 @@ def test_drawn(vocab, form):
     assert token == tokens[1] and torch.equal(alone[0], own[1])
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [*WIDTHS, WIDTH_BLOCK, 2 * WIDTH_BLOCK + 40])
 @pytest.mark.parametrize("columns", [1, 4, 30, 65, 130, 1030])
 def test_product(width, columns, threads):
     """Also in parts, and whichever thread takes them."""

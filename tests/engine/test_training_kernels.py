@@ -167,6 +167,18 @@ def test_causal_attention(heads, kv_heads, size, same):
     assert torch.equal(cut, alone[:71])
 
 
+def test_gradients_of_great_scores():
+    """The backward pass has the forward pass's scores to the bit: else a query's weights would not add up to one."""
+    query, key, value, d_output = (3 * numbers(300, 8, 64)).split(2, dim=1)
+    output, sums = causal_attention(query, key, value, [300], 0.125)
+    gradients = causal_attention_backward(query, key, value, output, sums, d_output, [300], 0.125)
+    inputs = [each.double().requires_grad_() for each in (query, key, value)]
+    expected = scaled_dot_product_attention(*(each.transpose(0, 1) for each in inputs), is_causal=True, scale=0.125)
+    wanted = torch.autograd.grad(expected.transpose(0, 1), inputs, d_output.double())
+    for got, exact in zip(gradients, wanted, strict=True):
+        assert_near(got, exact, 2e-6)
+
+
 def _adapters(width: int, sizes: list[int]) -> tuple[list[AdapterRows], list[list[tuple[int, int]]]]:
     """Three adapters of different ranks, whose rows do not lie back to back; the third wants no gradient. And the
     (first row, rows) of each one's datums."""

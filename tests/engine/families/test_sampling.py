@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -19,20 +21,22 @@ from transformers import (
 
 from tests.engine import reference
 from tests.engine.examples import VOCAB, forward_backward, run, shaken
-from tests.engine.families.conftest import every_day
-from tests.engine.precision import EXACT, REGRET, assert_as_near, assert_logprobs
+from tests.engine.families.conftest import FAMILIES, every_day
+from tests.engine.precision import DEVICE, DTYPE, EXACT, REGRET, assert_as_near, assert_logprobs
 from tests.engine.sampler_requests import assert_same_bits
 from tinkercloud.engine.base_model import EngineOptions
 from tinkercloud.engine.operations import Datum, OpenSampler, Sample, SamplingParams, SaveWeights
 from tinkercloud.engine.results import Done, SampledSequence, SampleOutput
 from tinkercloud.engine.torch.kernels.products import have_products
+from tinkercloud.engine.torch.model import BaseModel
 from tinkercloud.engine.torch.sampler import TorchSampler
 from tinkercloud.engine.torch.trainer import TorchTrainer
 
 RANKS = {"one": 8, "two": 3}
-SAME_BITS = {"llama", "qwen2", "qwen3", "qwen3_moe"}
-"""Families whose passes have kernels for all that matters of sums, in training as in sampling. In tests, sequences are
-longer than Mistral's window."""
+SAME_BITS = {"llama3", "qwen2", "qwen3", "qwen3_moe"}
+"""Families whose passes have kernels for all that matters of sums, in training as in sampling. So has Mistral in its
+window, which is shorter in these tests."""
+assert FAMILIES.keys() > SAME_BITS
 LENGTHS = [1, 9, 26, 40, 9]
 _SCARCE = {} if EXACT else {"deepseek_v3": 1 << 15}
 """Bytes in which not all have room: where a token's latents are all that is kept of it, there is room for more."""
@@ -234,6 +238,27 @@ def test_what_a_sample_says_is_what_training_computes(family, adapters, base_mod
         assert_logprobs(said, output.outputs[0]["logprobs"])
         if family in SAME_BITS and have_products(torch.empty(0, dtype=model.dtype, device=model.device)):
             np.testing.assert_array_equal(said, output.outputs[0]["logprobs"])
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or DTYPE != "float32", reason="bits are promised on the CPU in float32")
+def test_mistral_in_its_window_has_the_same_bits(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder("mistral"), tmp_path / "wide")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 60}))
+    options = EngineOptions("wide", str(folder), device="cpu", dtype="float32")
+    model = BaseModel.load(options)
+    trainer, sampler = TorchTrainer(model, options), TorchSampler(model, options)
+    run(trainer, *shaken("m", 8), SaveWeights("m", str(tmp_path / "m")))
+    assert sampler.open(OpenSampler("m", str(tmp_path / "m"))) == Done()
+    prompt = np.arange(2, 32, dtype=np.int32)
+    (result,) = _run(sampler, [Sample("r", "m", prompt, SamplingParams(max_tokens=30, seed=0))]).values()
+    tokens = np.concatenate([prompt, result.sequences[0].tokens])
+    datum = Datum(tokens[:-1], {"target_tokens": tokens[1:].astype(np.int64), "weights": np.ones(59, np.float32)})
+    (output,) = run(trainer, forward_backward("m", [datum], forward_only=True))
+    trained = output.outputs[0]["logprobs"][-30:]
+    if have_products(torch.empty(0)):
+        np.testing.assert_array_equal(result.sequences[0].logprobs, trained)
+    assert_logprobs(result.sequences[0].logprobs, trained)
 
 
 def test_a_sample_has_the_same_bits_whatever_else_there_is(family, sampler_of):

@@ -243,8 +243,8 @@ class BaseModel:
 
     def _batch_of(self, lora: LoraBatch) -> LoraBatch:
         """As this model's linear layers see it. transformers' modules sample with the products that they train with:
-        on processors where kernels have those of sampling alone, the order of sums is another one, and routers and
-        states of linear attention enlarge the difference."""
+        without AVX-512 the kernels' order of sums is another one, and routers and states of linear attention enlarge
+        the difference."""
         return lora if self._lean is not None else LoraBatch(lora)
 
     def use_all_threads(self) -> None:

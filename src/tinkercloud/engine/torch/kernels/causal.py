@@ -309,7 +309,7 @@ def _backward(data_at):
         values_at = scratch_at + 4 * size * width
         scores_at = values_at + 4 * size * width
         k_first = first * k_row + kv_head * k_head
-        _turned(data[5], k_first, k_row, length, size, scratch_at, width)
+        _turned_in_blocks(data[5], k_first, k_row, length, size, scratch_at, width)
         _turned(data[8], first * v_row + kv_head * v_head, v_row, length, size, values_at, width)
         keys, values, scores, slopes = (
             floats(scratch_at), floats(values_at), floats(scores_at), floats(scores_at + 16 * width)
@@ -327,8 +327,9 @@ def _backward(data_at):
                 d_2 = (first + min(i + 2, length - 1)) * d_row + head * d_head
                 d_3 = (first + min(i + 3, length - 1)) * d_row + head * d_head
                 seen = min(i + 4, length)
+                for j in range(0, seen, LANES):
+                    _scores(query, q_0, q_1, q_2, q_3, size, keys, j, width, scores)
                 for j in range(0, seen, WIDE):
-                    _panel(query, q_0, q_1, q_2, q_3, size, keys, j, width, WIDE, scores, j, width)
                     _panel(d_output, d_0, d_1, d_2, d_3, size, values, j, width, WIDE, slopes, j, width)
                 for r in range(4):
                     at, count = r * width, i + r + 1

@@ -18,7 +18,7 @@ from torch import Tensor
 from tinkercloud.engine.torch.kernels.compiled import NUMBERS, THREADS, next_part, shared, take, wait_for_all
 from tinkercloud.engine.torch.kernels.lora import add_back
 from tinkercloud.engine.torch.kernels.paged import TOGETHER, attend_block, scores_width
-from tinkercloud.engine.torch.kernels.products import block_of_columns, columns_of_product
+from tinkercloud.engine.torch.kernels.products import WIDTH_BLOCK, block_of_columns, columns_of_product
 from tinkercloud.engine.torch.kernels.rows import gate_row, norm_row, rotate_head
 from tinkercloud.engine.torch.kernels.vectors import LANES, add, floats, ints, part, store_part
 
@@ -177,14 +177,15 @@ def _products(
     while place < blocks + adapters:
         if place < blocks:
             begin = place * size
-            columns_of_product(x_at, weight_at, output_at, rows, width, columns, begin, min(begin + size, columns))
+            stop = min(begin + size, columns)
+            columns_of_product(x_at, weight_at, output_at, rows, width, columns, begin, stop, WIDTH_BLOCK)
         else:
             adapter = place - blocks
             matrices = ints(tables[adapter] + 8 * 4 * (4 * layer + product))
             if matrices[0] != 0:
                 first, count, ranks = ranges[2 * adapter], ranges[2 * adapter + 1] - ranges[2 * adapter], matrices[2]
                 to = low_at + 4 * first * low_row
-                columns_of_product(x_at + 4 * first * width, matrices[0], to, count, width, ranks, 0, ranks)
+                columns_of_product(x_at + 4 * first * width, matrices[0], to, count, width, ranks, 0, ranks, width)
         place = take(counters, phase)
 
 

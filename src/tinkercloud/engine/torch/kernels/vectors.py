@@ -125,8 +125,17 @@ def total(context, vector):
 @intrinsic
 def store_totals(context, pointer, index, a, b, c, d):
     """Write the sums of four vectors from an index on, each added up as `total` does."""
+    return _to_totals(pointer, adds=False)
 
-    def emit(context, builder, signature, args):
+
+@intrinsic
+def add_totals(context, pointer, index, a, b, c, d):
+    """Likewise, but add them to what is there."""
+    return _to_totals(pointer, adds=True)
+
+
+def _to_totals(pointer: types.Type, adds: bool) -> tuple[Any, Callable[..., Any]]:
+    def emit(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> ir.Value:
         pointer, index, a, b, c, d = args
 
         def halves(left: ir.Value, right: ir.Value, size: int) -> ir.Value:
@@ -139,7 +148,12 @@ def store_totals(context, pointer, index, a, b, c, d):
         pairs = halves(halves(pairs, pairs, 2), pairs, 1)
         first = ir.Constant(ir.VectorType(ir.IntType(32), 4), list(range(4)))
         place = builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(_FLOAT, 4).as_pointer())
-        builder.store(builder.shuffle_vector(pairs, pairs, first), place).align = 4
+        sums = builder.shuffle_vector(pairs, pairs, first)
+        if adds:
+            before = builder.load(place)
+            before.align = 4
+            sums = builder.fadd(before, sums)
+        builder.store(sums, place).align = 4
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, VECTOR, VECTOR, VECTOR, VECTOR), emit
