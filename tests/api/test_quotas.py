@@ -158,16 +158,21 @@ def test_tokens_a_day(tenants, monkeypatch):
     tenants.run(story())
 
 
+async def sample_of(tenants, owner: str, max_daily_tokens: int, **params) -> dict:
+    """What a new user with such a limit sends to have two tokens continued, but for its seq_id."""
+    session = await user(tenants, owner, max_daily_tokens=max_daily_tokens)
+    made = {"session_id": session, "sampling_session_seq_id": 0, "base_model": NANO}
+    sampler = await tenants.post("/create_sampling_session", owner, **made)
+    return {
+        "sampling_session_id": sampler["sampling_session_id"],
+        "prompt": {"chunks": [{"type": "encoded_text", "tokens": [5, 6]}]},
+        "sampling_params": params,
+    }
+
+
 def test_many_samples_at_once_have_one_limit(tenants):
     async def story():
-        session = await user(tenants, "sybil", max_daily_tokens=7)
-        made = {"session_id": session, "sampling_session_seq_id": 0, "base_model": NANO}
-        sampler = await tenants.post("/create_sampling_session", "sybil", **made)
-        sample = {
-            "sampling_session_id": sampler["sampling_session_id"],
-            "prompt": {"chunks": [{"type": "encoded_text", "tokens": [5, 6]}]},
-            "sampling_params": {"max_tokens": 1},
-        }
+        sample = await sample_of(tenants, "sybil", 7, max_tokens=1)
         asked = (tenants.ask("sybil", "POST", "/asample", sample | {"seq_id": seq_id}) for seq_id in range(8))
         statuses = [answer.status_code for answer in await asyncio.gather(*asked)]
         assert sorted(statuses) == [200] * 3 + [403] * 5
@@ -175,18 +180,13 @@ def test_many_samples_at_once_have_one_limit(tenants):
     tenants.run(story())
 
 
-def test_what_was_drawn_counts_at_once(tenants):
-    """And not when what has been used is looked up again."""
+def test_what_was_drawn_counts_at_once(tenants, monkeypatch):
+    """And not when what has been used is looked up again: here it never is."""
 
     async def story():
-        session = await user(tenants, "trent", max_daily_tokens=30)
-        made = {"session_id": session, "sampling_session_seq_id": 0, "base_model": NANO}
-        sampler = await tenants.post("/create_sampling_session", "trent", **made)
-        sample = {
-            "sampling_session_id": sampler["sampling_session_id"],
-            "prompt": {"chunks": [{"type": "encoded_text", "tokens": [5, 6]}]},
-            "sampling_params": {"max_tokens": 20, "stop": []},
-        }
+        now = time.time()
+        monkeypatch.setattr(tenants.service.quotas, "_clock", lambda: now)
+        sample = await sample_of(tenants, "trent", 30, max_tokens=20, stop=[])
         for seq_id in range(2):
             drawn = await tenants.post("/asample", "trent", **sample, seq_id=seq_id)
             assert "sequences" in await tenants.result(drawn, "trent")

@@ -304,7 +304,7 @@ def test_values_at_their_edges():
         ({"target_prompt_logprobs": targets(shape=[2, 1])}, r"must have the shape \[1, K\], .* not \[2, 1\]"),
         ({"target_prompt_logprobs": targets(data=[], shape=[1, 0])}, r"must have the shape \[1, K\]"),
         ({"target_prompt_logprobs": targets(data=[-1, -1])}, "names no token id, only -1"),
-        ({"target_prompt_logprobs": targets(data=[1, -2])}, "target_prompt_logprobs: token id -2 is outside"),
+        ({"target_prompt_logprobs": targets(data=[1, -2])}, "0 to 99 .or -1, where none is named"),
         ({"target_prompt_logprobs": targets(data=[1, 100])}, "target_prompt_logprobs: token id 100 is outside"),
         ({"target_prompt_logprobs": targets(data=[1, 0.5])}, "a flat list of integers"),
         ({"target_prompt_logprobs": targets(data=[1, 2**70])}, "a flat list of integers"),

@@ -228,7 +228,7 @@ def _targets(given: wire.TensorData | None, prompt_tokens: int, info: BaseModelI
     named = matrix.values[matrix.values != -1]
     if not len(named):
         raise InvalidRequest(f"{where} names no token id, only -1, which asks for nothing; leave it out")
-    _check_vocabulary(named, info, where)
+    _check_vocabulary(named, info, where, " (or -1, where none is named)")
     return matrix
 
 
@@ -290,8 +290,10 @@ def _between(name: str, value: int, least: int, most: int) -> None:
         raise InvalidRequest(f"{name} must be {least} to {most}, not {value}")
 
 
-def _check_vocabulary(tokens: np.ndarray, info: BaseModelInfo, where: str) -> None:
+def _check_vocabulary(tokens: np.ndarray, info: BaseModelInfo, where: str, besides: str = "") -> None:
     outside = tokens[(tokens < 0) | (tokens >= info.vocab_size)]
     if len(outside):
         last = info.vocab_size - 1
-        raise InvalidRequest(f"{where}: token id {outside[0]} is outside {info.name}'s vocabulary, 0 to {last}")
+        raise InvalidRequest(
+            f"{where}: token id {outside[0]} is outside {info.name}'s vocabulary, 0 to {last}{besides}"
+        )

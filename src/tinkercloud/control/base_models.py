@@ -19,7 +19,7 @@ from tinkercloud.control.engines import KeptEngine, OnProgress
 from tinkercloud.control.inflight import InflightWeights
 from tinkercloud.control.model_memory import ModelMemory
 from tinkercloud.control.run_end import RunEnd, finished
-from tinkercloud.control.sampler_desk import SamplerDesk
+from tinkercloud.control.sampler_desk import SamplerDesk, left_to_draw
 from tinkercloud.control.storage import Storage
 from tinkercloud.engine.base_model import BaseModelInfo
 from tinkercloud.errors import InvalidRequest, NotFound, Unavailable
@@ -229,14 +229,18 @@ class BaseModels:
     async def remove(self, name: str) -> Waiting:
         """Stop serving a base model, and forget that it was added; what waits for it from now on. NotFound."""
         was_added = await self._memory.forget(name)
-        sequences = 0
         if name in self._served:
-            sequences = self.get(name).desk.pending
             await self.withdraw(name)
         elif not was_added:
             there = ", ".join(sorted({*self._served, *self._memory.added})) or "none"
             raise NotFound(f"there is no base model {name!r:.300}; there are: {there}")
-        return Waiting(await self._ledger.count(ModelRecord, base_model=name, state="live"), sequences)
+        samplers = [await self._ledger.get(SamplerRecord, stream) for stream in await self._ledger.pending_streams()]
+        sequences = [
+            await left_to_draw(self._ledger, sampler.sampler_id)
+            for sampler in samplers
+            if sampler is not None and sampler.base_model == name
+        ]
+        return Waiting(await self._ledger.count(ModelRecord, base_model=name, state="live"), sum(sequences))
 
     async def withdraw(self, name: str) -> None:
         """Stop serving a base model after its running cycle. Its training runs stay on disk and go on when a model of

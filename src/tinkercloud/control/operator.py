@@ -10,7 +10,7 @@ from tinkercloud.control.base_models import BaseModels
 from tinkercloud.control.futures import Futures
 from tinkercloud.control.run_end import stopped
 from tinkercloud.control.runs import TrainingRuns
-from tinkercloud.control.sampler_desk import NUM_SAMPLES
+from tinkercloud.control.sampler_desk import left_to_draw
 from tinkercloud.control.sampler_keeper import SamplerKeeper
 from tinkercloud.control.samplers import Samplers
 from tinkercloud.control.sessions import Sessions
@@ -126,12 +126,8 @@ class Operator:
                 {
                     "sampler_id": s.sampler_id,
                     "base_model": s.base_model,
-                    "sequences": await self._sequences(s.sampler_id),
+                    "sequences": await left_to_draw(self._ledger, s.sampler_id),
                 }
                 for s in samplers
             ],
         }
-
-    async def _sequences(self, sampler_id: str) -> int:
-        """Accepted and not ended."""
-        return sum(entry.details.get(NUM_SAMPLES, 1) for entry in await self._ledger.pending(sampler_id))

@@ -40,6 +40,11 @@ NUM_SAMPLES = "num_samples"
 """The detail of an entry that says how many sequences it asks for; without it, one."""
 
 
+async def left_to_draw(ledger: Ledger, sampler_id: str) -> int:
+    """Sequences of a sampler that were accepted and have not ended, also while its base model is not served."""
+    return sum(entry.details.get(NUM_SAMPLES, 1) for entry in await ledger.pending(sampler_id))
+
+
 class SamplerDesk:
     """Samples pass straight through to the engine, whose own loop batches them; the desk keeps their samplers open.
 

@@ -13,7 +13,7 @@ from tinkercloud.ledger.schema import IS_ACCEPTED, checkpoints, entries, models,
 
 
 class Accounts:
-    """Questions about owners; only reads."""
+    """Questions about owners. Only reads; `sampled` is counted by the ledger."""
 
     def __init__(self, readers: Readers) -> None:
         self._readers = readers

@@ -165,36 +165,29 @@ def _lane(q, q_0, q_1, q_2, q_3, size, keys, at, lane):
     return sum_0, sum_1, sum_2, sum_3
 
 
-@njit(inline="always")
-def _two_lanes(q, q_0, q_1, q_2, q_3, size, keys, at, lane):
-    a_0, a_1, a_2, a_3 = _lane(q, q_0, q_1, q_2, q_3, size, keys, at, lane)
-    b_0, b_1, b_2, b_3 = _lane(q, q_0, q_1, q_2, q_3, size, keys, at, lane + 8)
-    return add(a_0, b_0), add(a_1, b_1), add(a_2, b_2), add(a_3, b_3)
+def _with_those(apart, lanes):
+    """The same of these lanes and of those that lie `apart` from them, added up as `vectors.total` does."""
+
+    @njit(inline="always")
+    def both(q, q_0, q_1, q_2, q_3, size, keys, at, lane):
+        a_0, a_1, a_2, a_3 = lanes(q, q_0, q_1, q_2, q_3, size, keys, at, lane)
+        b_0, b_1, b_2, b_3 = lanes(q, q_0, q_1, q_2, q_3, size, keys, at, lane + apart)
+        return add(a_0, b_0), add(a_1, b_1), add(a_2, b_2), add(a_3, b_3)
+
+    return both
 
 
-@njit(inline="always")
-def _four_lanes(q, q_0, q_1, q_2, q_3, size, keys, at, lane):
-    a_0, a_1, a_2, a_3 = _two_lanes(q, q_0, q_1, q_2, q_3, size, keys, at, lane)
-    b_0, b_1, b_2, b_3 = _two_lanes(q, q_0, q_1, q_2, q_3, size, keys, at, lane + 4)
-    return add(a_0, b_0), add(a_1, b_1), add(a_2, b_2), add(a_3, b_3)
-
-
-@njit(inline="always")
-def _eight_lanes(q, q_0, q_1, q_2, q_3, size, keys, at, lane):
-    a_0, a_1, a_2, a_3 = _four_lanes(q, q_0, q_1, q_2, q_3, size, keys, at, lane)
-    b_0, b_1, b_2, b_3 = _four_lanes(q, q_0, q_1, q_2, q_3, size, keys, at, lane + 2)
-    return add(a_0, b_0), add(a_1, b_1), add(a_2, b_2), add(a_3, b_3)
+_all_lanes = _with_those(1, _with_those(2, _with_those(4, _with_those(8, _lane))))
 
 
 @njit(inline="always")
 def _scores(q, q_0, q_1, q_2, q_3, size, keys, j, width, scores):
     """scores [4, 16] of four queries and the sixteen keys from j on."""
-    a_0, a_1, a_2, a_3 = _eight_lanes(q, q_0, q_1, q_2, q_3, size, keys, j * size, 0)
-    b_0, b_1, b_2, b_3 = _eight_lanes(q, q_0, q_1, q_2, q_3, size, keys, j * size, 1)
-    store(scores, j, add(a_0, b_0))
-    store(scores, width + j, add(a_1, b_1))
-    store(scores, 2 * width + j, add(a_2, b_2))
-    store(scores, 3 * width + j, add(a_3, b_3))
+    sum_0, sum_1, sum_2, sum_3 = _all_lanes(q, q_0, q_1, q_2, q_3, size, keys, j * size, 0)
+    store(scores, j, sum_0)
+    store(scores, width + j, sum_1)
+    store(scores, 2 * width + j, sum_2)
+    store(scores, 3 * width + j, sum_3)
 
 
 @njit(inline="always")
